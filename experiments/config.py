@@ -1,0 +1,242 @@
+"""Configs: the common base, loading from a file, and checks before device work."""
+
+import difflib
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.train import AUGMENTATIONS
+
+
+def base() -> ConfigDict:
+    """The fields every config has; a recipe changes values, never adds keys."""
+    config = ConfigDict(
+        {
+            # Names the default workdir, runs/NAME.
+            "name": "",
+            # Keys of experiments.tasks.METHODS, each trained in turn.
+            "methods": ("linear_probe",),
+            "seeds": (0,),
+            # Which split scores a run: "val" or "test".
+            "eval_split": "test",
+            # Return the best evaluation's parameters instead of the last step's.
+            "keep_best": False,
+            # Write the trained model to this safetensors file, in half precision.
+            "export": "",
+            # Learning rates tried on the validation split before the seeds; () uses
+            # optim.learning_rates.
+            "sweep": {"learning_rates": (), "seed": 0},
+            "model": {
+                # A safetensors file of models.vit_params; "" builds the model below
+                # from scratch. With weights only the named sizes may change.
+                "weights": "",
+                "preset": "",
+                "image_size": 32,
+                "patch_size": 4,
+                "hidden_size": 128,
+                "depth": 6,
+                "num_heads": 4,
+                "mlp_dim": 512,
+                "pool": "mean",
+                "dropout_rate": 0.0,
+                "patch_dropout": 0.0,
+                "remat": False,
+                # Computation dtype; parameters stay float32.
+                "dtype": "float32",
+            },
+            "adapter": {
+                "num_features": 16,
+                "projection": "orthogonal",
+                "bottleneck": 48,
+                "lora_rank": 8,
+                "lora_alpha": 16.0,
+            },
+            "data": {
+                "name": "synthetic",
+                "dir": "",
+                "train_size": 0,
+                "test_size": 0,
+                "val_fraction": 0.1,
+                "augment": "none",
+            },
+            "optim": {
+                "learning_rates": ConfigDict(),
+                "batch_size": 64,
+                "steps": 100,
+                "warmup_steps": 0,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+                "label_smoothing": 0.0,
+            },
+            "mesh": {
+                "axes": (("data", -1),),
+                "rules": ((".*", "replicate"),),
+            },
+            "log": {
+                "log_every": 10,
+                "eval_every": 0,
+                "checkpoint_every": 0,
+                "keep": 2,
+            },
+        }
+    )
+    return config
+
+
+def load_config(
+    spec: str, overrides: Mapping[str, Any] | None = None
+) -> ConfigDict:
+    """Loads ``"configs/NAME.py[:ARG]"`` for notebooks and tests.
+
+    Args:
+      spec: the file, and what its ``get_config`` takes behind a colon.
+      overrides: dotted keys to new values, ``{"optim.steps": 10}``.
+
+    Returns:
+      The checked, locked config.
+
+    Raises:
+      ValueError: for a missing file, an unknown key (with a suggestion), a value of
+        another type, or one that :func:`check` refuses.
+
+    Example:
+      >>> from experiments import load_config
+      >>> config = load_config("configs/vit_pretrain.py:quicktest")
+      >>> config.optim.steps
+      2
+    """
+    filename, _, arg = spec.partition(":")
+    path = pathlib.Path(filename)
+    if not path.is_file():
+        root = pathlib.Path(__file__).parent.parent
+        path = root / filename
+    if not path.is_file():
+        raise ValueError(f"a config must be an existing file. Got {filename!r}.")
+    loader = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
+    assert loader is not None and loader.loader is not None
+    module = importlib.util.module_from_spec(loader)
+    loader.loader.exec_module(module)
+    config = module.get_config(arg)
+    config.lock()
+    for key, value in (overrides or {}).items():
+        _override(config, key, value)
+    check(config)
+    return config
+
+
+def _override(config: ConfigDict, dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node: Any = config
+    for name in (*parents, last):
+        if not isinstance(node, ConfigDict) or name not in node:
+            keys = list(node) if isinstance(node, ConfigDict) else []
+            close = difflib.get_close_matches(name, keys, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Keys: {keys}."
+            raise ValueError(f"config keys must exist. Got {dotted!r}.{hint}")
+        parent, node = node, node[name]
+    try:
+        parent[last] = value
+    except TypeError as error:
+        raise ValueError(
+            f"config.{dotted} must be a {type(node).__name__}. Got {value!r}."
+        ) from error
+
+
+_POSITIVE = (
+    "model.image_size",
+    "model.patch_size",
+    "model.hidden_size",
+    "model.depth",
+    "model.num_heads",
+    "model.mlp_dim",
+    "adapter.num_features",
+    "adapter.bottleneck",
+    "adapter.lora_rank",
+    "adapter.lora_alpha",
+    "optim.batch_size",
+    "optim.steps",
+    "optim.clip_norm",
+    "log.log_every",
+    "log.keep",
+)
+_NON_NEGATIVE = (
+    "data.train_size",
+    "data.test_size",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "log.eval_every",
+    "log.checkpoint_every",
+)
+_FRACTIONS = (
+    "data.val_fraction",
+    "optim.label_smoothing",
+    "model.dropout_rate",
+    "model.patch_dropout",
+)
+_CHOICES = {
+    "eval_split": ("val", "test"),
+    "model.pool": ("cls", "mean"),
+    "model.dtype": ("float32", "bfloat16"),
+    "adapter.projection": ("gaussian", "orthogonal"),
+    "data.augment": tuple(AUGMENTATIONS),
+}
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for a value that no run could use; touches no device."""
+    from experiments.tasks import METHODS
+
+    def value(key: str) -> Any:
+        node: Any = config
+        for name in key.split("."):
+            node = node[name]
+        return node
+
+    for key in _POSITIVE:
+        if not value(key) > 0:
+            raise ValueError(f"config.{key} must be positive. Got {value(key)}.")
+    for key in _NON_NEGATIVE:
+        if not value(key) >= 0:
+            raise ValueError(f"config.{key} must not be negative. Got {value(key)}.")
+    for key in _FRACTIONS:
+        if not 0 <= value(key) < 1:
+            raise ValueError(f"config.{key} must be in [0, 1). Got {value(key)}.")
+    for key, choices in _CHOICES.items():
+        if value(key) not in choices:
+            raise ValueError(
+                f"config.{key} must be one of {', '.join(choices)}. "
+                f"Got {value(key)!r}."
+            )
+    if config.optim.warmup_steps >= config.optim.steps:
+        raise ValueError(
+            "config.optim.warmup_steps must be less than optim.steps. "
+            f"Got {config.optim.warmup_steps} and {config.optim.steps}."
+        )
+    if not config.methods or not config.seeds:
+        raise ValueError(
+            "config.methods and config.seeds must not be empty. "
+            f"Got {config.methods} and {config.seeds}."
+        )
+    for method in config.methods:
+        if method not in METHODS:
+            close = difflib.get_close_matches(method, METHODS, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"config.methods must be among {', '.join(METHODS)}. "
+                f"Got {method!r}.{hint}"
+            )
+        if not config.sweep.learning_rates:
+            rate = config.optim.learning_rates.get(method)
+            if rate is None or not rate > 0:
+                raise ValueError(
+                    f"config.optim.learning_rates.{method} must be positive. "
+                    f"Got {rate}."
+                )
+    if any(not rate > 0 for rate in config.sweep.learning_rates):
+        raise ValueError(
+            "config.sweep.learning_rates must be positive. "
+            f"Got {config.sweep.learning_rates}."
+        )

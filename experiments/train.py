@@ -1,0 +1,416 @@
+"""One training run: a model, a recipe, a folder; resumable bit for bit on CPU.
+
+Order of set-up: shapes, shardings, restore, compiled step, loop. The loop draws its
+batch, its augmentation and its dropout from the step number alone, so nothing but the
+training state has to be saved.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments import data as data_lib
+from experiments import sharding as sharding_lib
+from experiments.checkpoints import Checkpoints
+from experiments.metrics import MetricWriter, Progress, write_json
+from snnk_jax.nn import RandomProjection
+
+PREEMPTED_EXIT_CODE = 75
+"""Exit status after SIGTERM: state saved, run the same command again to go on."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or a norm stopped being finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a run does with a model; every field changes the result.
+
+    ``checkpoint_every``, ``eval_every`` and ``log_every`` are in steps; 0 turns the
+    periodic save or evaluation off (the last step always has both).
+    """
+
+    learning_rate: float
+    steps: int
+    batch_size: int
+    seed: int
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    label_smoothing: float = 0.0
+    augment: str = "none"
+    eval_split: str = "test"
+    log_every: int = 10
+    eval_every: int = 0
+    checkpoint_every: int = 0
+
+
+def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW with linear warm-up and cosine decay to zero; biases are not decayed."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if recipe.warmup_steps else recipe.learning_rate,
+        peak_value=recipe.learning_rate,
+        warmup_steps=recipe.warmup_steps,
+        decay_steps=recipe.steps,
+    )
+    decayed = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip_norm),
+        optax.adamw(schedule, weight_decay=recipe.weight_decay, mask=decayed),
+    )
+
+
+def normalise(images: jax.Array) -> jax.Array:
+    """uint8 pixels to float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def augment_none(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Returns the images as they are."""
+    return images
+
+
+def augment_crop(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Shifts each image by up to an eighth of its side, edges repeated."""
+    pad = max(images.shape[1] // 8, 1)
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
+    offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * pad + 1)
+
+    def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+        start = (offset[0], offset[1], 0)
+        return jax.lax.dynamic_slice(image, start, images.shape[1:])
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+def augment_crop_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Random shift, and a horizontal flip of half of the images."""
+    crop_key, flip_key = jax.random.split(key)
+    images = augment_crop(crop_key, images)
+    flip = jax.random.bernoulli(flip_key, shape=(images.shape[0], 1, 1, 1))
+    return jnp.where(flip, images[:, :, ::-1], images)
+
+
+AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "none": augment_none,
+    "crop": augment_crop,
+    "crop_flip": augment_crop_flip,
+}
+
+
+def make_train_step(
+    graphdef: Any, optimizer: optax.GradientTransformation, recipe: Recipe
+) -> Callable[[Any, Any, Any, dict[str, jax.Array]], tuple[Any, dict[str, jax.Array]]]:
+    """Returns ``step(state, frozen, batch) -> (state, metrics)``, pure."""
+    augment = AUGMENTATIONS[recipe.augment]
+
+    def train_step(state, projections, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(recipe.seed), state["step"])
+        augment_key, dropout_key = jax.random.split(key)
+        images = normalise(augment(augment_key, batch["image"]))
+
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params, projections, frozen)
+            logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
+            logits = logits.astype(jnp.float32)
+            targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+            targets = optax.smooth_labels(targets, recipe.label_smoothing)
+            loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+            hits = jnp.argmax(logits, axis=-1) == batch["label"]
+            return loss, jnp.mean(hits.astype(jnp.float32))
+
+        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state["params"]
+        )
+        updates, opt_state = optimizer.update(
+            grads, state["opt_state"], state["params"]
+        )
+        params = optax.apply_updates(state["params"], updates)
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+        }
+        state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        return state, metrics
+
+    return train_step
+
+
+def make_eval_step(graphdef: Any) -> Callable[..., dict[str, jax.Array]]:
+    """Returns ``step(params, projections, frozen, batch) -> sums``, pure."""
+
+    def eval_step(params, projections, frozen, batch):
+        model = nnx.merge(graphdef, params, projections, frozen)
+        logits = model(normalise(batch["image"])).astype(jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["label"]
+        )
+        hits = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+        weight = batch["weight"]
+        return {
+            "loss": jnp.sum(losses * weight),
+            "accuracy": jnp.sum(hits * weight),
+            "count": jnp.sum(weight),
+        }
+
+    return eval_step
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM into a flag that the loop reads between steps."""
+    stopped = False
+
+    def request(signum: int, frame: Any) -> None:
+        nonlocal stopped
+        stopped = True
+
+    try:
+        previous = signal.signal(signal.SIGTERM, request)
+    except ValueError:  # not the main thread (a notebook's worker): no handler
+        yield lambda: False
+        return
+    try:
+        yield lambda: stopped
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def split_model(model: nnx.Module, trainable: Any) -> tuple[Any, Any, Any, Any]:
+    """Splits into graph, trainable state, projections, and all else that is frozen."""
+    return nnx.split(model, trainable, RandomProjection, ...)
+
+
+def fit(
+    model: nnx.Module,
+    trainable: Any,
+    dataset: data_lib.Dataset,
+    recipe: Recipe,
+    workdir: str | pathlib.Path,
+    *,
+    mesh: jax.sharding.Mesh,
+    rules: Any,
+    name: str = "train",
+    keep: int = 2,
+    keep_best: bool = False,
+) -> tuple[nnx.Module, dict[str, Any]]:
+    """Trains the parameters that ``trainable`` selects and evaluates them.
+
+    A finished run is not repeated: its ``result.json`` is returned with the model
+    restored from its last checkpoint. A run that was stopped goes on from there.
+
+    Args:
+      model: the model; not modified.
+      trainable: NNX filter of the variables to train.
+      dataset: the splits; ``recipe.eval_split`` names the one that is scored.
+      recipe: what to do.
+      workdir: folder of this run alone.
+      mesh: devices, with an axis ``data``.
+      rules: sharding rules, see :func:`experiments.sharding.shardings`.
+      name: shown beside the progress.
+      keep: checkpoints kept on disk.
+      keep_best: return the parameters of the best evaluation, not of the last step.
+
+    Returns:
+      The trained model and its result: final metrics, best metric, seconds.
+
+    Raises:
+      Preempted: after SIGTERM, with the state saved.
+      NonFiniteError: if loss or norms stop being finite; the last good checkpoint
+        stays.
+    """
+    workdir = pathlib.Path(workdir)
+    chief = jax.process_index() == 0
+    optimizer = make_optimizer(recipe)
+    graphdef, params, projections, frozen = split_model(model, trainable)
+
+    def init_state(params: Any) -> dict[str, Any]:
+        # Copies: the state is donated to the step, the caller keeps the model.
+        params = jax.tree.map(jnp.copy, params)
+        step = jnp.zeros((), jnp.int32)
+        return {"params": params, "opt_state": optimizer.init(params), "step": step}
+
+    shapes = jax.eval_shape(init_state, params)
+    state_shardings = sharding_lib.shardings(shapes, rules, mesh)
+    projections = jax.device_put(
+        projections, sharding_lib.shardings(projections, rules, mesh)
+    )
+    frozen = jax.device_put(frozen, sharding_lib.shardings(frozen, rules, mesh))
+    batch_sharding = sharding_lib.batch_sharding(mesh)
+    replicated = sharding_lib.replicated(mesh)
+
+    state = jax.jit(init_state, out_shardings=state_shardings)(params)
+    best: dict[str, Any] = {"accuracy": -1.0, "step": 0}
+    best_params = jax.tree.map(jnp.copy, state["params"]) if keep_best else None
+    seconds = 0.0
+    checkpoints = Checkpoints(workdir / "checkpoints", keep)
+
+    def saved(state: Any, best_params: Any) -> dict[str, Any]:
+        extra = {} if best_params is None else {"best_params": best_params}
+        return state | {"projections": projections} | extra
+
+    if checkpoints.latest_step() is not None:
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            saved(state, best_params),
+        )
+        restored, record = checkpoints.restore(target)
+        projections = restored.pop("projections")
+        best_params = restored.pop("best_params", None)
+        state, best, seconds = restored, record["best"], record["seconds"]
+    start = int(state["step"])
+    process = {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    loader = data_lib.TrainLoader(
+        dataset.train, recipe.batch_size, recipe.seed, **process
+    )
+    scored = getattr(dataset, recipe.eval_split)
+    shared = (
+        sharding_lib.shardings(projections, rules, mesh),
+        sharding_lib.shardings(frozen, rules, mesh),
+        batch_sharding,
+    )
+    train_step = jax.jit(
+        make_train_step(graphdef, optimizer, recipe),
+        in_shardings=(state_shardings, *shared),
+        out_shardings=(state_shardings, replicated),
+        donate_argnums=0,
+    )
+    eval_step = jax.jit(
+        make_eval_step(graphdef),
+        in_shardings=(state_shardings["params"], *shared),
+        out_shardings=replicated,
+    )
+
+    def evaluate(params: Any) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for batch in data_lib.eval_batches(scored, recipe.batch_size, **process):
+            batch = sharding_lib.place(batch, batch_sharding)
+            sums = jax.device_get(eval_step(params, projections, frozen, batch))
+            for key, value in sums.items():
+                totals[key] = totals.get(key, 0.0) + float(value)
+        count = totals.pop("count")
+        return {key: value / count for key, value in totals.items()}
+
+    def save(step: int) -> None:
+        record = {
+            "best": best,
+            "seconds": seconds,
+            "data": {"seed": recipe.seed, "next_example": step * recipe.batch_size},
+            "recipe": dataclasses.asdict(recipe),
+        }
+        checkpoints.save(step, saved(state, best_params), record)
+
+    def trained(state: Any) -> nnx.Module:
+        params = state["params"] if best_params is None else best_params
+        return nnx.merge(graphdef, params, projections, frozen)
+
+    result_path = workdir / "result.json"
+    if start == recipe.steps and result_path.is_file():
+        checkpoints.close()
+        return trained(state), json.loads(result_path.read_text())
+
+    writer = MetricWriter(workdir, start) if chief else None
+    progress = Progress(name, start, recipe.steps, quiet=not chief)
+    evaluation: dict[str, float] = {}
+    step_seconds: list[float] = []
+    batches = data_lib.prefetch(
+        lambda step: sharding_lib.place(loader.batch(step), batch_sharding),
+        start,
+        recipe.steps,
+    )
+    try:
+        with stop_requests() as stop_requested, contextlib.closing(batches):
+            last_good = start
+            clock = time.monotonic()
+            for step, batch in enumerate(batches, start + 1):
+                state, metrics = train_step(state, projections, frozen, batch)
+                last = step == recipe.steps
+                stopping = stop_requested()
+                saving = last or stopping or _due(step, recipe.checkpoint_every)
+                evaluating = last or _due(step, recipe.eval_every)
+                if saving or evaluating or last or _due(step, recipe.log_every):
+                    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+                    now = time.monotonic()
+                    step_seconds.append((now - clock) / (step - last_good))
+                    seconds += now - clock
+                    if not all(math.isfinite(value) for value in values.values()):
+                        raise NonFiniteError(
+                            f"loss and norms must stay finite. Got {values} between "
+                            f"steps {last_good + 1} and {step} of {name}. The last "
+                            f"good checkpoint is step {checkpoints.latest_step()} in "
+                            f"{checkpoints.directory}; try a lower learning rate than "
+                            f"{recipe.learning_rate}."
+                        )
+                    last_good = step
+                    if writer:
+                        writer.write(
+                            step, **{f"train/{k}": v for k, v in values.items()}
+                        )
+                    progress.note(f"loss {values['loss']:.4f}")
+                    clock = time.monotonic()
+                if evaluating:
+                    evaluation = evaluate(state["params"])
+                    if evaluation["accuracy"] > best["accuracy"]:
+                        best = {"accuracy": evaluation["accuracy"], "step": step}
+                        if keep_best:
+                            best_params = jax.tree.map(jnp.copy, state["params"])
+                    if writer:
+                        prefix = recipe.eval_split
+                        writer.write(
+                            step, **{f"{prefix}/{k}": v for k, v in evaluation.items()}
+                        )
+                    clock = time.monotonic()
+                if saving:
+                    save(step)
+                    clock = time.monotonic()
+                progress.update(step)
+                if stopping and not last:
+                    raise Preempted(f"{name} stopped at step {step}, state saved.")
+    finally:
+        progress.close()
+        checkpoints.close()
+        if writer:
+            writer.close()
+
+    if not evaluation:  # killed between the last checkpoint and the result
+        evaluation = evaluate(state["params"])
+    result = {
+        "split": recipe.eval_split,
+        "loss": evaluation["loss"],
+        "accuracy": evaluation["accuracy"],
+        "best": best,
+        "seconds": seconds,
+        "step_ms": 1e3 * float(np.median(step_seconds or [seconds / recipe.steps])),
+        "recipe": dataclasses.asdict(recipe),
+    }
+    if chief:
+        write_json(result_path, result)
+    return trained(state), result
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+

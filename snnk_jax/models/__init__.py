@@ -1,0 +1,3 @@
+"""Pretrained architectures in plain Flax NNX."""
+
+from snnk_jax.models import vit as vit

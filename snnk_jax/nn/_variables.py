@@ -1,0 +1,20 @@
+"""Variable types: a parameter's role is its type."""
+
+from flax import nnx
+
+
+class RandomProjection(nnx.Variable):
+    """Frozen randomness of a feature map: never trained, saved with the adapter."""
+
+
+class AdapterParam(nnx.Param):
+    """A parameter that an adapter adds to a model.
+
+    ``nnx.split(model, AdapterParam, ...)`` selects exactly what adapter training
+    changes.
+    """
+
+
+# The collection name Linen users see through `nnx.bridge.to_linen`.
+nnx.register_variable_name("random_projection", RandomProjection)
+nnx.register_variable_name("adapter_param", AdapterParam)
