@@ -19,6 +19,9 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
+NUM_CLASSES = {"digits": 10, "cifar10_jpeg": 10, "tinyimagenet32": 200, "synthetic": 10}
+"""Classes of each data set, known without reading it."""
+
 
 class Split(Protocol):
     """Random access to examples."""
@@ -131,7 +134,8 @@ def load(
         choices = ", ".join([*_LOADERS, "tfds:NAME"])
         raise ValueError(f"data.name must be one of {choices}. Got {name!r}.")
     else:
-        train, val, test, num_classes = loader(directory, image_size)
+        train, val, test = loader(directory, image_size)
+        num_classes = NUM_CLASSES[name]
     rng = np.random.default_rng(split_seed)
     order = rng.permutation(len(train))
     if val is None:
@@ -168,14 +172,14 @@ def _digits(directory: str, image_size: int):
     # training. The last quarter keeps the test writers apart.
     cut = len(labels) - 450
     train = ArraySplit(images[:cut], labels[:cut])
-    return train, None, ArraySplit(images[cut:], labels[cut:]), 10
+    return train, None, ArraySplit(images[cut:], labels[cut:])
 
 
 def _cifar10_jpeg(directory: str, image_size: int):
     """CIFAR-10 stored as quality-75 JPEG."""
     data = _npz(directory, "cifar10_q75jpeg.npz")
     train = _decode(data, "train_", image_size)
-    return train, None, _decode(data, "test_", image_size), 10
+    return train, None, _decode(data, "test_", image_size)
 
 
 def _tinyimagenet32(directory: str, image_size: int):
@@ -183,7 +187,7 @@ def _tinyimagenet32(directory: str, image_size: int):
     test, since the labels of its test images are not public."""
     data = _npz(directory, "tinyimagenet32_q75jpeg.npz")
     val = _decode(data, "val_", image_size)
-    return _decode(data, "train_", image_size), val, val, 200
+    return _decode(data, "train_", image_size), val, val
 
 
 def _synthetic(directory: str, image_size: int):
@@ -200,7 +204,7 @@ def _synthetic(directory: str, image_size: int):
             patch[..., int(label) // 4] = 220
         return ArraySplit(images, labels)
 
-    return split(256), split(64), split(64), 10
+    return split(256), split(64), split(64)
 
 
 _LOADERS: dict[str, Callable] = {

@@ -201,6 +201,47 @@ def split_model(model: nnx.Module, trainable: Any) -> tuple[Any, Any, Any, Any]:
     return nnx.split(model, trainable, RandomProjection, ...)
 
 
+def make_init(
+    optimizer: optax.GradientTransformation,
+) -> Callable[[Any], dict[str, Any]]:
+    """Returns ``init(params) -> state``, pure."""
+
+    def init_state(params):
+        # Copies: the state is donated to the step, the caller keeps the model.
+        params = jax.tree.map(jnp.copy, params)
+        step = jnp.zeros((), jnp.int32)
+        return {"params": params, "opt_state": optimizer.init(params), "step": step}
+
+    return init_state
+
+
+def step_shardings(
+    state: Any, projections: Any, frozen: Any, rules: Any, mesh: jax.sharding.Mesh
+) -> tuple[Any, Any, Any, Any]:
+    """Shardings of a training step's arguments: the three trees and the batch."""
+    trees = (state, projections, frozen)
+    return (
+        *(sharding_lib.shardings(tree, rules, mesh) for tree in trees),
+        sharding_lib.batch_sharding(mesh),
+    )
+
+
+def jit_train_step(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    in_shardings: tuple[Any, Any, Any, Any],
+) -> Any:
+    """The jitted training step, which reuses the memory of the state it is given."""
+    replicated = sharding_lib.replicated(in_shardings[-1].mesh)
+    return jax.jit(
+        make_train_step(graphdef, optimizer, recipe),
+        in_shardings=in_shardings,
+        out_shardings=(in_shardings[0], replicated),
+        donate_argnums=0,
+    )
+
+
 def fit(
     model: nnx.Module,
     trainable: Any,
@@ -244,20 +285,13 @@ def fit(
     optimizer = make_optimizer(recipe)
     graphdef, params, projections, frozen = split_model(model, trainable)
 
-    def init_state(params: Any) -> dict[str, Any]:
-        # Copies: the state is donated to the step, the caller keeps the model.
-        params = jax.tree.map(jnp.copy, params)
-        step = jnp.zeros((), jnp.int32)
-        return {"params": params, "opt_state": optimizer.init(params), "step": step}
-
+    init_state = make_init(optimizer)
     shapes = jax.eval_shape(init_state, params)
-    state_shardings = sharding_lib.shardings(shapes, rules, mesh)
-    projections = jax.device_put(
-        projections, sharding_lib.shardings(projections, rules, mesh)
-    )
-    frozen = jax.device_put(frozen, sharding_lib.shardings(frozen, rules, mesh))
-    batch_sharding = sharding_lib.batch_sharding(mesh)
-    replicated = sharding_lib.replicated(mesh)
+    in_shardings = step_shardings(shapes, projections, frozen, rules, mesh)
+    state_shardings, *shared = in_shardings
+    projections = jax.device_put(projections, shared[0])
+    frozen = jax.device_put(frozen, shared[1])
+    batch_sharding = shared[2]
 
     state = jax.jit(init_state, out_shardings=state_shardings)(params)
     best: dict[str, Any] = {"accuracy": -1.0, "step": 0}
@@ -287,21 +321,11 @@ def fit(
         dataset.train, recipe.batch_size, recipe.seed, **process
     )
     scored = getattr(dataset, recipe.eval_split)
-    shared = (
-        sharding_lib.shardings(projections, rules, mesh),
-        sharding_lib.shardings(frozen, rules, mesh),
-        batch_sharding,
-    )
-    train_step = jax.jit(
-        make_train_step(graphdef, optimizer, recipe),
-        in_shardings=(state_shardings, *shared),
-        out_shardings=(state_shardings, replicated),
-        donate_argnums=0,
-    )
+    train_step = jit_train_step(graphdef, optimizer, recipe, in_shardings)
     eval_step = jax.jit(
         make_eval_step(graphdef),
         in_shardings=(state_shardings["params"], *shared),
-        out_shardings=replicated,
+        out_shardings=sharding_lib.replicated(mesh),
     )
 
     def evaluate(params: Any) -> dict[str, float]:

@@ -1,0 +1,19 @@
+"""Scalable neural network kernels for JAX and Flax.
+
+Everything is a feature map followed by a linear readout; see the README.
+"""
+
+from snnk_jax import activations as activations
+from snnk_jax import features as features
+from snnk_jax import kernels as kernels
+from snnk_jax import models as models
+from snnk_jax import nn as nn
+from snnk_jax import projections as projections
+from snnk_jax.ops import contract as contract
+from snnk_jax.ops import snnk_dense as snnk_dense
+from snnk_jax.surgery import SwapReport as SwapReport
+from snnk_jax.surgery import SwapRule as SwapRule
+from snnk_jax.surgery import find_modules as find_modules
+from snnk_jax.surgery import swap_modules as swap_modules
+
+__version__ = "0.1.0"

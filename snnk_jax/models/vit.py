@@ -273,9 +273,8 @@ class ViT(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.cls_token = None
-        if config.pool == "cls":
-            self.cls_token = nnx.Param(jnp.zeros((config.hidden_size,), param_dtype))
+        token = jnp.zeros((config.hidden_size,), param_dtype)
+        self.cls_token = nnx.Param(token) if config.pool == "cls" else None
         self.position_embedding = nnx.Param(
             nnx.initializers.normal(0.02)(
                 rngs.params(), (config.num_tokens, config.hidden_size), param_dtype

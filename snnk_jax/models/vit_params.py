@@ -5,11 +5,13 @@ A file holds the parameters under their paths in :class:`~snnk_jax.models.vit.Vi
 it can be opened without knowing the sizes.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -80,23 +82,9 @@ def load_vit(
       ValueError: if the file is damaged or does not hold exactly the parameters of
         the model; every missing, unexpected and misshapen name is listed.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights must be an existing file. Got {path}.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"weights must be a whole safetensors file. Got {path}: {error}"
-        ) from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(
-            f"weights must have format {_FORMAT}. "
-            f"Got {header.get('format')!r} in {path}."
-        )
-    stored = ViTConfig(**_tuples(json.loads(header["config"])))
+    with _open(path) as file:
+        stored = _stored_config(file, path)
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = dataclasses.replace(stored, **overrides)
     if config.num_classes != stored.num_classes:
         arrays["head.kernel"] = np.zeros(
@@ -123,6 +111,40 @@ def load_vit(
         for key, variable in nnx.to_flat_state(state)
     }
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def read_config(path: str | os.PathLike[str]) -> ViTConfig:
+    """Reads the sizes in a file written by :func:`save_vit`, not its weights.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is damaged or of another format.
+    """
+    with _open(path) as file:
+        return _stored_config(file, path)
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"weights must be an existing file. Got {path}.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"weights must be a whole safetensors file. Got {path}: {error}"
+        ) from error
+
+
+def _stored_config(file: Any, path: str | os.PathLike[str]) -> ViTConfig:
+    header = file.metadata() or {}
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"weights must have format {_FORMAT}. "
+            f"Got {header.get('format')!r} in {path}."
+        )
+    return ViTConfig(**_tuples(json.loads(header["config"])))
 
 
 def _check_names(

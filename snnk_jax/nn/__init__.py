@@ -1,4 +1,9 @@
-"""Flax NNX layers built on feature maps."""
+"""Flax NNX layers built on feature maps, and the adapters they are compared with."""
 
+from snnk_jax.nn._adapter import Adapted as Adapted
+from snnk_jax.nn._adapter import BottleneckAdapter as BottleneckAdapter
+from snnk_jax.nn._adapter import SNNKAdapter as SNNKAdapter
+from snnk_jax.nn._dense import SNNKDense as SNNKDense
+from snnk_jax.nn._projection import Projection as Projection
 from snnk_jax.nn._variables import AdapterParam as AdapterParam
 from snnk_jax.nn._variables import RandomProjection as RandomProjection

@@ -1,0 +1,445 @@
+r"""Adapter files: small, hashed, refusing the wrong base.
+
+A file is one safetensors file. It holds the trained arrays under their paths, and in
+its header a JSON record: the adapter modules and where they stand, the random
+projections (the key and the name of the pinned generator, or the values where they
+are not what the key draws), the fingerprint of the base model, and a SHA-256 over all
+of it. Nothing in it is executed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save
+
+from snnk_jax import features as features_lib
+from snnk_jax import projections
+from snnk_jax._files import read_safetensors, write_atomic
+from snnk_jax.nn import (
+    Adapted,
+    AdapterParam,
+    BottleneckAdapter,
+    Projection,
+    RandomProjection,
+    SNNKAdapter,
+)
+from snnk_jax.surgery import find_modules, path_name
+
+_FORMAT = "snnk_jax.adapter.1"
+_WRAPPERS = ("base_module",)
+_PROBES = 8
+
+
+def fingerprint(model: nnx.Module, *, exclude: str = "head/.*") -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of a model's own parameters.
+
+    Adapter parameters, random projections and what ``exclude`` matches are left out,
+    and a wrapper's ``base_module`` does not show in the names: a base model and its
+    adapted clone have the same fingerprint as long as only adapters and head train.
+
+    Args:
+      model: any NNX model.
+      exclude: regular expression for whole parameter paths, ``/``-joined. The default
+        leaves out the head, which belongs to the task.
+
+    Example:
+      >>> import snnk_jax as snnk
+      >>> from flax import nnx
+      >>> len(snnk.adapters.fingerprint(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+      64
+    """
+    sha = hashlib.sha256()
+    rows = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = _base_name(path_name(path))
+        if not isinstance(variable, AdapterParam) and not re.fullmatch(exclude, name):
+            rows[name] = np.asarray(variable[...])
+    for name in sorted(rows):
+        _hash_array(sha, name, rows[name])
+    return sha.hexdigest()
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    model: nnx.Module,
+    *,
+    base_fingerprint: str,
+    trained: str = "head/.*",
+    exclude: str = "head/.*",
+    metadata: dict[str, str] | None = None,
+) -> int:
+    """Writes adapters, head and projections of a model to one file, atomically.
+
+    Args:
+      path: the file.
+      model: a model with adapters.
+      base_fingerprint: :func:`fingerprint` of the base model, taken before training.
+      trained: regular expression for the paths of parameters besides
+        :class:`~snnk_jax.nn.AdapterParam` that were trained and belong to the file:
+        the head, or the biases for BitFit.
+      exclude: what ``base_fingerprint`` leaves out.
+      metadata: strings of your own, returned by :func:`read_metadata`.
+
+    Returns:
+      The size of the file in bytes.
+
+    Raises:
+      ValueError: if nothing is to be saved, an array is not finite, or an adapter is
+        of a kind this module cannot rebuild and describe.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import snnk_jax as snnk
+      >>> from flax import nnx
+      >>> base = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> fm = snnk.features.ArcCosine(num_features=16)
+      >>> def adapt(linear, rngs):
+      ...     adapter = snnk.nn.SNNKAdapter(8, features=fm, rngs=rngs)
+      ...     return snnk.nn.Adapted(linear, adapter)
+      >>> rules = [snnk.SwapRule(path="layers/0", build=adapt)]
+      >>> model, _ = snnk.swap_modules(base, rules, rngs=nnx.Rngs(1))
+      >>> file = pathlib.Path(tempfile.mkdtemp()) / "adapter.safetensors"
+      >>> size = snnk.adapters.save_adapter(
+      ...     file, model, base_fingerprint=snnk.adapters.fingerprint(base)
+      ... )
+      >>> loaded = snnk.adapters.load_adapter(file, base)
+    """
+    arrays = {}
+    for parts, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = path_name(parts)
+        if isinstance(variable, AdapterParam) or re.fullmatch(trained, name):
+            arrays[name] = np.asarray(variable[...])
+    if not arrays:
+        raise ValueError(
+            f"model must have AdapterParam or parameters matching {trained!r}. "
+            "Got none."
+        )
+    drawn = {}
+    for name, projection in find_modules(model).items():
+        if isinstance(projection, Projection):
+            values = {k: np.asarray(v[...]) for k, v in projection.values.items()}
+            record = _describe_draw(projection, values)
+            if record is None:
+                arrays |= {f"{name}/values/{k}": v for k, v in values.items()}
+                arrays[f"{name}/key"] = np.asarray(projection.key[...])
+            else:
+                drawn[name] = record
+    for name, array in arrays.items():
+        if not np.all(np.isfinite(np.asarray(array, np.float64))):
+            raise ValueError(f"{name} must be finite to be saved.")
+    record = {
+        "format": _FORMAT,
+        "modules": _describe_modules(model),
+        "projections": drawn,
+        "generator": projections.GENERATOR,
+        "base": {"fingerprint": base_fingerprint, "exclude": exclude},
+        "metadata": metadata or {},
+    }
+    header = {
+        "record": json.dumps(record, sort_keys=True),
+        "sha256": _checksum(record, arrays),
+    }
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    data = save(arrays, header)
+    write_atomic(path, data)
+    return len(data)
+
+
+def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
+    """Returns a clone of the base model with the adapters of a file.
+
+    Args:
+      path: a file of :func:`save_adapter`.
+      base_model: the plain base model, into which the adapters are put; or a model
+        that has adapters of the same structure already (after
+        :func:`snnk_jax.swap_modules` with the same rules), whose values are replaced.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is damaged or was changed, the base model is another
+        one, or names and shapes do not fit; it says what differs. The given model is
+        never changed.
+
+    Example:
+      See :func:`save_adapter`.
+    """
+    record, arrays = _read(path)
+    base = record["base"]
+    found = fingerprint(base_model, exclude=base["exclude"])
+    if found != base["fingerprint"]:
+        raise ValueError(
+            f"base_model must be the one the adapter was trained on, fingerprint "
+            f"{base['fingerprint']}. Got {found}."
+        )
+    model = nnx.clone(base_model)
+    if not jax.tree.leaves(nnx.state(model, AdapterParam)):
+        model = _rebuild_modules(model, record["modules"])
+    arrays = arrays | _draw(model, record)
+    graphdef, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    names = {path_name(parts): parts for parts in flat}
+    needed = {
+        name
+        for name, parts in names.items()
+        if isinstance(flat[parts], AdapterParam | RandomProjection)
+    }
+    shapes = {name: flat[names[name]].shape for name in arrays if name in names}
+    missing = sorted(needed - arrays.keys())
+    unexpected = sorted(arrays.keys() - names.keys())
+    misshapen = [
+        f"{name} {arrays[name].shape} instead of {shape}"
+        for name, shape in sorted(shapes.items())
+        if arrays[name].shape != shape
+    ]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            "base_model must have the places and shapes of the adapter file. Got "
+            f"missing {missing}, unexpected {unexpected}, misshapen {misshapen}."
+        )
+    for name, array in arrays.items():
+        variable = flat[names[name]]
+        flat[names[name]] = variable.replace(jnp.asarray(array, variable.dtype))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat.items()))
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the strings given to :func:`save_adapter`, after checking the file."""
+    return _read(path)[0]["metadata"]
+
+
+def _read(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    header, arrays = read_safetensors(path, "adapter")
+    try:
+        record = json.loads(header["record"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"adapter must be a file of save_adapter. Got {path}: "
+            f"{type(error).__name__} {error}."
+        ) from error
+    if record.get("format") != _FORMAT:
+        raise ValueError(
+            f"adapter must have format {_FORMAT}. Got {record.get('format')!r}."
+        )
+    checksum = _checksum(record, arrays)
+    if header.get("sha256") != checksum:
+        raise ValueError(
+            f"adapter must match its checksum {header.get('sha256')}. Got {checksum}: "
+            f"{path} was changed or damaged."
+        )
+    return record, arrays
+
+
+def _hash_array(sha: Any, name: str, array: np.ndarray) -> None:
+    sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
+    sha.update(np.ascontiguousarray(array).tobytes())
+
+
+def _checksum(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(arrays):
+        _hash_array(sha, name, arrays[name])
+    return sha.hexdigest()
+
+
+def _probe(array: np.ndarray) -> list[float]:
+    """A few numbers that tell one draw from another, compared up to rounding."""
+    flat = np.asarray(array, np.float64).ravel()
+    picks = flat[:: max(1, flat.size // _PROBES)][:_PROBES]
+    return [float(np.mean(flat)), float(np.mean(flat**2)), *map(float, picks)]
+
+
+def _describe_draw(
+    projection: Projection, values: dict[str, np.ndarray]
+) -> dict[str, Any] | None:
+    """The key of a draw and probes of its values; None if the key draws others."""
+    words = projection.key[...]
+    drawn = _draw_values(projection, words)
+    if any(not np.array_equal(drawn[name], values[name]) for name in values):
+        return None
+    return {
+        "key": [int(word) for word in words],
+        "probes": {name: _probe(value) for name, value in values.items()},
+    }
+
+
+def _draw_values(projection: Projection, words: Any) -> dict[str, np.ndarray]:
+    key = jax.random.wrap_key_data(
+        jnp.asarray(words, jnp.uint32), impl="threefry2x32"
+    )
+    values = projection.features.init(key, projection.dim, projection.param_dtype)
+    return {name: np.asarray(value) for name, value in values.items()}
+
+
+def _draw(model: nnx.Module, record: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Draws the projections that a file names by key, and checks them."""
+    arrays: dict[str, np.ndarray] = {}
+    if record["projections"] and record["generator"] != projections.GENERATOR:
+        raise ValueError(
+            f"adapter must name the generator {projections.GENERATOR}. "
+            f"Got {record['generator']}."
+        )
+    places = {k: m for k, m in find_modules(model).items() if isinstance(m, Projection)}
+    for name, draw in record["projections"].items():
+        if name not in places:
+            raise ValueError(
+                f"base_model must have a projection at {name}. Got {list(places)}."
+            )
+        values = _draw_values(places[name], draw["key"])
+        for leaf, value in values.items():
+            if not np.allclose(_probe(value), draw["probes"][leaf], 1e-3, 1e-4):
+                raise ValueError(
+                    f"the projection {name}/{leaf} must be drawn as it was when the "
+                    "adapter was saved: same feature map and width. Got another draw."
+                )
+            arrays[f"{name}/values/{leaf}"] = value
+        arrays[f"{name}/key"] = np.asarray(draw["key"], np.uint32)
+    return arrays
+
+
+# What a file may rebuild: kind -> (description of a module, module from it). The
+# values come from the arrays, so the builders draw from a fixed stream.
+
+
+def _describe_features(fm: features_lib.FeatureMap) -> dict[str, Any]:
+    fields = {f.name: getattr(fm, f.name) for f in dataclasses.fields(fm)}
+    return {"kind": type(fm).__name__, "fields": fields}
+
+
+def _build_features(spec: dict[str, Any]) -> features_lib.FeatureMap:
+    kind = getattr(features_lib, str(spec["kind"]), None)
+    if not (isinstance(kind, type) and issubclass(kind, features_lib.FeatureMap)):
+        raise ValueError(f"features must be a known feature map. Got {spec['kind']!r}.")
+    return kind(**spec["fields"])
+
+
+def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
+    return {
+        "dim": adapter.dim,
+        "features": _describe_features(adapter.projection.features),
+        "normalize": adapter.normalize,
+        "modulate": adapter.modulate,
+        **_describe_dtypes(adapter),
+    }
+
+
+def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    options = {k: spec[k] for k in ("normalize", "modulate", "dtype", "param_dtype")}
+    fm = _build_features(spec["features"])
+    adapter = SNNKAdapter(spec["dim"], features=fm, rngs=nnx.Rngs(0), **options)
+    return Adapted(base, adapter)
+
+
+def _describe_bottleneck(adapter: BottleneckAdapter) -> dict[str, Any]:
+    return {
+        "dim": adapter.dim,
+        "bottleneck": adapter.bottleneck,
+        "activation": adapter.activation.name,
+        **_describe_dtypes(adapter),
+    }
+
+
+def _build_bottleneck(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    options = {k: spec[k] for k in ("activation", "dtype", "param_dtype")}
+    adapter = BottleneckAdapter(
+        spec["dim"], spec["bottleneck"], rngs=nnx.Rngs(0), **options
+    )
+    return Adapted(base, adapter)
+
+
+def _describe_lora(adapter: nnx.LoRA) -> dict[str, Any]:
+    return {
+        "in_features": adapter.in_features,
+        "lora_rank": adapter.lora_a.shape[1],
+        "out_features": adapter.out_features,
+        **_describe_dtypes(adapter),
+    }
+
+
+def _build_lora(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return nnx.LoRA(
+        spec["in_features"],
+        spec["lora_rank"],
+        spec["out_features"],
+        base_module=base,
+        lora_param_type=AdapterParam,
+        dtype=spec["dtype"],
+        param_dtype=spec["param_dtype"],
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _describe_dtypes(module: Any) -> dict[str, str | None]:
+    dtype = None if module.dtype is None else jnp.dtype(module.dtype).name
+    return {"dtype": dtype, "param_dtype": jnp.dtype(module.param_dtype).name}
+
+
+_KINDS: dict[
+    str, tuple[type, Callable[[Any], dict[str, Any]], Callable[..., nnx.Module]]
+] = {
+    "SNNKAdapter": (SNNKAdapter, _describe_snnk, _build_snnk),
+    "BottleneckAdapter": (BottleneckAdapter, _describe_bottleneck, _build_bottleneck),
+    "LoRA": (nnx.LoRA, _describe_lora, _build_lora),
+}
+
+
+def _describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
+    """The adapters that stand around a base module, outer ones first.
+
+    ``at`` is the place in the base model. An adapter of a kind that is not listed is
+    left out: such a file loads into a model that has the adapter already.
+    """
+    described = []
+    for name, module in find_modules(model).items():
+        if not isinstance(module, Adapted | nnx.LoRA):
+            continue
+        adapter = module.adapter if isinstance(module, Adapted) else module
+        for kind, (cls, describe, _) in _KINDS.items():
+            if isinstance(adapter, cls):
+                spec = {"kind": kind, "at": _base_name(name)} | describe(adapter)
+                json.dumps(spec, default=_refuse)
+                described.append(spec)
+    return described
+
+
+def _base_name(name: str) -> str:
+    return "/".join(part for part in name.split("/") if part not in _WRAPPERS)
+
+
+def _refuse(value: Any) -> None:
+    raise ValueError(
+        "an adapter's settings must be names and numbers to be saved; give activations "
+        f"by name. Got {value!r}."
+    )
+
+
+def _rebuild_modules(model: nnx.Module, specs: list[dict[str, Any]]) -> Any:
+    present = find_modules(model)
+    absent = sorted({spec["at"] for spec in specs} - present.keys())
+    if absent:
+        raise ValueError(
+            f"base_model must have the modules {absent}. Got {list(present)[1:]}."
+        )
+    unknown = sorted({spec["kind"] for spec in specs} - _KINDS.keys())
+    if unknown:
+        raise ValueError(
+            f"adapter kinds must be among {', '.join(_KINDS)}. Got {unknown}."
+        )
+
+    def build(parts: tuple[Any, ...], node: Any) -> Any:
+        for spec in reversed(specs):
+            if spec["at"] == path_name(parts) and isinstance(node, nnx.Module):
+                node = _KINDS[spec["kind"]][2](node, spec)
+        return node
+
+    return nnx.recursive_map(build, model)

@@ -1,0 +1,100 @@
+"""The contract of a feature map."""
+
+import abc
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from snnk_jax import projections
+from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
+
+Precision = Literal["default", "high", "highest"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureMap(abc.ABC):
+    r"""A pair of maps with :math:`E[\Phi(x) \cdot \Psi(w, b)] = K(x, (w, b))`.
+
+    A feature map is a frozen dataclass that hashes by value and holds no arrays: all
+    randomness is in the pytree that :meth:`init` draws, and :meth:`phi` and
+    :meth:`psi` are pure functions of it.
+
+    Args:
+      num_features: real columns of :meth:`phi`.
+      projection: how the directions are drawn, see ``snnk_jax.projections.names()``.
+      precision: precision of the matrix products, as for ``jax.lax.dot``; None leaves
+        the choice to JAX's default, which on a TPU is one bfloat16 pass.
+    """
+
+    num_features: int
+    projection: str = "orthogonal"
+    precision: Precision | None = None
+
+    def __post_init__(self):
+        if self.num_features < 1:
+            raise ValueError(
+                f"num_features must be at least 1. Got {self.num_features}."
+            )
+        projections.check_name(self.projection)
+        if self.precision not in (None, "default", "high", "highest"):
+            raise ValueError(
+                "precision must be None, 'default', 'high' or 'highest'. "
+                f"Got {self.precision!r}."
+            )
+
+    @abc.abstractmethod
+    def init(
+        self, key: PRNGKeyArray, dim: int, dtype: Dtype = jnp.float32
+    ) -> Params:
+        """Draws the frozen parameters for inputs of width ``dim``."""
+
+    @abc.abstractmethod
+    def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
+        """Maps inputs to features, each example for itself."""
+
+    @abc.abstractmethod
+    def psi(
+        self,
+        params: Params,
+        kernel: Float[Array, "d o"],
+        bias: Float[Array, " o"] | None = None,
+    ) -> Float[Array, "m o"]:
+        """Maps weights and biases to the readout that :meth:`phi` contracts with."""
+
+    @abc.abstractmethod
+    def exact(
+        self,
+        x: Float[Array, "*b d"],
+        kernel: Float[Array, "d o"],
+        bias: Float[Array, " o"] | None = None,
+    ) -> Float[Array, "*b o"]:
+        """The kernel that ``phi @ psi`` estimates without bias."""
+
+    def project(
+        self, omega: Float[Array, "k d"], x: Float[Array, "*b d"]
+    ) -> Float[Array, "*b k"]:
+        """Computes ``x @ omega.T``, accumulated in float32 or better."""
+        if x.shape[-1:] != omega.shape[1:]:
+            raise ValueError(
+                f"inputs must have width {omega.shape[1]}. Got shape {x.shape}."
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"inputs must be real floating point. Got {x.dtype}.")
+        return jnp.matmul(
+            x,
+            omega.T.astype(x.dtype),
+            precision=self.precision,
+            preferred_element_type=accumulation_dtype(x.dtype),
+        )
+
+
+def accumulation_dtype(dtype: Dtype) -> Dtype:
+    """float32 for narrower types, the type itself otherwise."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def squared_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b"]:
+    """Sum of squares along the last axis, accumulated in float32 or better."""
+    x = x.astype(accumulation_dtype(x.dtype))
+    return jnp.sum(x * x, axis=-1)

@@ -1,0 +1,187 @@
+"""Adapters: small trained modules behind a frozen one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from snnk_jax import activations
+from snnk_jax.features import FeatureMap
+from snnk_jax.nn._projection import Projection, projection_key
+from snnk_jax.nn._variables import AdapterParam
+from snnk_jax.ops import contract
+from snnk_jax.typing import Array, Dtype, Float
+
+
+class Adapted(nnx.Module):
+    """Calls a module and its adapter on the result.
+
+    Args:
+      base_module: any module.
+      adapter: applied to what the module returns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import snnk_jax as snnk
+      >>> from flax import nnx
+      >>> linear = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+      >>> adapter = snnk.nn.BottleneckAdapter(8, 2, rngs=nnx.Rngs(1))
+      >>> snnk.nn.Adapted(linear, adapter)(jnp.ones((3, 4))).shape
+      (3, 8)
+    """
+
+    def __init__(self, base_module: nnx.Module, adapter: nnx.Module):
+        self.base_module = base_module
+        self.adapter = adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The only place that passes arguments through: it stands in for any module.
+        return self.adapter(self.base_module(*args, **kwargs))
+
+
+class SNNKAdapter(nnx.Module):
+    r"""Adapter with a frozen feature map and one trained matrix.
+
+    .. math::
+      y = x + v \odot \Phi(\hat x)\Psi, \qquad \hat x = x / \lVert x\rVert
+
+    :math:`\Psi \in R^{m \times d}` starts at zero and the modulating vector v at one:
+    the adapter is the identity at the start and :math:`\Psi` gets a gradient in the
+    first step. (The paper's code starts the other way round, v at zero, and
+    :math:`\Psi` stands still in the first step.) It trains ``(m + 1) d`` parameters.
+
+    Args:
+      dim: d, width of the inputs and outputs.
+      features: the feature map.
+      normalize: map :math:`\hat x` instead of x. Hidden states have norms around
+        :math:`\sqrt d`, at which exponential features overflow and the step size of
+        every layer would differ.
+      modulate: train v; without it v is one and ``m d`` parameters are trained.
+      dtype: computation dtype of the features; None takes that of the inputs.
+      param_dtype: storage dtype.
+      rngs: random stream ``projection``.
+
+    References:
+      Sehanobish et al., "Scalable Neural Network Kernels", arXiv 2310.13225.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import snnk_jax as snnk
+      >>> from flax import nnx
+      >>> fm = snnk.features.ArcCosine(num_features=16)
+      >>> adapter = snnk.nn.SNNKAdapter(768, features=fm, rngs=nnx.Rngs(0))
+      >>> x = jnp.ones((2, 768))
+      >>> bool((adapter(x) == x).all())
+      True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        features: FeatureMap,
+        normalize: bool = True,
+        modulate: bool = True,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.dim = dim
+        self.normalize = normalize
+        self.modulate = modulate
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.projection = Projection(
+            features, dim, key=projection_key(rngs), param_dtype=param_dtype
+        )
+        self.readout = AdapterParam(
+            jnp.zeros((features.num_features, dim), param_dtype)
+        )
+        modulation = jnp.ones((dim,), param_dtype)
+        self.modulation = AdapterParam(modulation) if modulate else None
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        z = x if self.dtype is None else x.astype(self.dtype)
+        if self.normalize:
+            z = _unit(z)
+        features = self.projection.features
+        y = contract(self.projection(z), self.readout[...], precision=features.precision)
+        if self.modulation is not None:
+            v = self.modulation[...].astype(y.dtype)
+            y = y * v.reshape((1,) * (y.ndim - 1) + v.shape)
+        return x + y.astype(x.dtype)
+
+
+class BottleneckAdapter(nnx.Module):
+    r"""The adapter of Houlsby et al.: :math:`y = x + f(xA + a)B + b`.
+
+    A is ``[d, r]``, B is ``[r, d]`` and starts at zero with b, so the adapter is the
+    identity at the start. It trains ``2 d r + r + d`` parameters. Houlsby and Pfeiffer
+    adapters are this module in different places: after attention and feed-forward
+    block, or after the feed-forward block alone.
+
+    Args:
+      dim: d.
+      bottleneck: r.
+      activation: f, see :func:`snnk_jax.activations.get`.
+      dtype: computation dtype; None promotes inputs and parameters.
+      param_dtype: storage dtype.
+      rngs: random stream ``params``.
+
+    References:
+      Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", arXiv
+      1902.00751; Pfeiffer et al., "AdapterFusion", arXiv 2005.00247.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import snnk_jax as snnk
+      >>> from flax import nnx
+      >>> adapter = snnk.nn.BottleneckAdapter(768, 48, rngs=nnx.Rngs(0))
+      >>> adapter(jnp.ones((2, 768))).shape
+      (2, 768)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        bottleneck: int,
+        *,
+        activation: str
+        | activations.Activation
+        | Callable[[Array], Array] = "gelu",
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if bottleneck < 1:
+            raise ValueError(f"bottleneck must be at least 1. Got {bottleneck}.")
+        self.dim = dim
+        self.bottleneck = bottleneck
+        self.activation = activations.get(activation)
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        key = rngs.params()
+        down = nnx.initializers.lecun_normal()(key, (dim, bottleneck), param_dtype)
+        self.down_kernel = AdapterParam(down)
+        self.down_bias = AdapterParam(jnp.zeros((bottleneck,), param_dtype))
+        self.up_kernel = AdapterParam(jnp.zeros((bottleneck, dim), param_dtype))
+        self.up_bias = AdapterParam(jnp.zeros((dim,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        dtype = x.dtype if self.dtype is None else self.dtype
+
+        def linear(z: Array, kernel: AdapterParam, bias: AdapterParam) -> Array:
+            z = jnp.matmul(z, kernel[...].astype(dtype))
+            return z + bias[...].astype(dtype).reshape((1,) * (z.ndim - 1) + (-1,))
+
+        hidden = linear(x.astype(dtype), self.down_kernel, self.down_bias)
+        y = linear(self.activation(hidden), self.up_kernel, self.up_bias)
+        return x + y.astype(x.dtype)
+
+
+def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Scales to norm one; zero stays zero, with a finite gradient."""
+    accurate = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.sum(accurate * accurate, axis=-1, keepdims=True)
+    return (accurate / jnp.sqrt(jnp.where(square > 0, square, 1))).astype(x.dtype)

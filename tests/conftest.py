@@ -1,0 +1,40 @@
+"""Strict switches for the whole suite, and what tests share."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+ROOT = pathlib.Path(__file__).parent.parent
+DATA = pathlib.Path(os.environ.get("SNNK_DATA_DIR", ROOT.parent / "shared" / "data"))
+
+
+def data_folder(name: str) -> pathlib.Path:
+    """The folder of a real data set; skips the test where it is absent."""
+    folder = DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"data set {name} is not in {DATA.name}; set SNNK_DATA_DIR")
+    return folder
+
+
+@pytest.fixture
+def root() -> pathlib.Path:
+    return ROOT
+
+
+@pytest.fixture
+def data_dir():
+    return data_folder
+
+
+@pytest.fixture
+def mesh():
+    from experiments.sharding import make_mesh
+
+    return make_mesh((("data", -1),))
