@@ -120,10 +120,11 @@ def get_topology(name: str) -> topologies.TopologyDescription:
 def compile_method(config: Any, method: str, num_classes: int, mesh: Mesh) -> Report:
     """Compiles the training step of one method for the devices of a mesh.
 
+    ``config.model.weights`` must be empty, see :func:`without_weights`.
+
     Raises:
       OutOfMemoryError: if the step does not fit; says what is needed and available.
     """
-    config = without_weights(config)
 
     def build() -> nnx.Module:
         rngs = nnx.Rngs(params=0, projection=1)
@@ -131,13 +132,13 @@ def compile_method(config: Any, method: str, num_classes: int, mesh: Mesh) -> Re
         return tasks.METHODS[method].adapt(model, config, rngs)
 
     model = nnx.eval_shape(build)
-    # The learning rate is a number in the program: any will do.
+    # Learning rate and seed do not change the program: any will do.
     recipe = recipe_for(config, learning_rate=1e-3, seed=0, eval_split="val")
     optimizer = train.make_optimizer(recipe)
     graphdef, params, projections, frozen = train.split_model(
         model, tasks.METHODS[method].trainable
     )
-    state = jax.eval_shape(train.make_init(optimizer), params)
+    state = jax.eval_shape(train.make_init(optimizer, recipe), params)
     size = config.model.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((recipe.batch_size, size, size, 3), jnp.uint8),
@@ -187,7 +188,12 @@ def without_weights(config: Any) -> Any:
 
 
 def _count(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """Floating-point numbers in a tree; a projection's random key holds none."""
+    return sum(
+        math.prod(leaf.shape)
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
 
 
 _INSTRUCTION = re.compile(
@@ -268,8 +274,8 @@ def _first_line(error: object) -> str:
     return str(error).partition("\n")[0]
 
 
-def compile_config(config: Any, topology: str, num_classes: int = 0) -> dict[str, Any]:
-    """Compiles every method of a config, prints the tables and returns the reports.
+def prepare(config: Any, topology: str, num_classes: int = 0) -> tuple[Mesh, int]:
+    """Checks what was asked for, before anything is compiled.
 
     Args:
       config: the config; its mesh is laid over the devices of the topology.
@@ -277,7 +283,7 @@ def compile_config(config: Any, topology: str, num_classes: int = 0) -> dict[str
       num_classes: outputs of the model; 0 takes those of ``config.data.name``.
 
     Returns:
-      What ``--json`` writes; a method that does not fit has an ``error``.
+      The mesh and the number of outputs.
 
     Raises:
       ImportError: if libtpu is not installed.
@@ -297,32 +303,26 @@ def compile_config(config: Any, topology: str, num_classes: int = 0) -> dict[str
             "optim.batch_size must be divisible by the mesh axis 'data', "
             f"{mesh.shape['data']}. Got {config.optim.batch_size}."
         )
-    summary = {
-        "config": config.name,
-        "topology": topology,
-        "device_kind": devices[0].device_kind,
-        "num_devices": len(devices),
-        "mesh": dict(mesh.shape),
-        "batch_size": config.optim.batch_size,
-        "num_classes": num_classes,
-        "jax": jax.__version__,
-        "methods": [],
-    }
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(
-        f"{config.name} on {topology}: {len(devices)} x {devices[0].device_kind}, "
-        f"mesh {axes}, global batch {config.optim.batch_size}. Figures are per device."
-    )
+    return mesh, num_classes
+
+
+def compile_config(config: Any, num_classes: int, mesh: Mesh) -> list[dict[str, Any]]:
+    """Compiles every method of a config and prints its table.
+
+    Returns:
+      A report for each method, or its ``error`` if it does not fit.
+    """
+    reports = []
     for method in config.methods:
         try:
             report = compile_method(config, method, num_classes, mesh)
         except OutOfMemoryError as error:
             print(f"\n{method}: {error}", flush=True)
-            summary["methods"].append({"method": method, "error": str(error)})
+            reports.append({"method": method, "error": str(error)})
         else:
             print(f"\n{method}\n{report.table()}", flush=True)
-            summary["methods"].append(dataclasses.asdict(report))
-    return summary
+            reports.append(dataclasses.asdict(report))
+    return reports
 
 
 def main(argv: list[str]) -> None:
@@ -334,12 +334,32 @@ def main(argv: list[str]) -> None:
         os.environ.setdefault(name, value)
     options = flags.FLAGS
     try:
-        summary = compile_config(options.config, options.topology, options.num_classes)
+        config = without_weights(options.config)
+        mesh, num_classes = prepare(config, options.topology, options.num_classes)
     except (ImportError, ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    kind = mesh.devices.flat[0].device_kind
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(
+        f"{config.name} on {options.topology}: {mesh.size} x {kind}, mesh {axes}, "
+        f"global batch {config.optim.batch_size}. Figures are per device.",
+        flush=True,
+    )
+    reports = compile_config(config, num_classes, mesh)
     if options.json:
+        summary = {
+            "config": config.name,
+            "topology": options.topology,
+            "device_kind": kind,
+            "num_devices": mesh.size,
+            "mesh": dict(mesh.shape),
+            "batch_size": config.optim.batch_size,
+            "num_classes": num_classes,
+            "jax": jax.__version__,
+            "methods": reports,
+        }
         write_json(options.json, summary)
-    if any("error" in method for method in summary["methods"]):
+    if any("error" in report for report in reports):
         sys.exit(1)
 
 

@@ -52,7 +52,6 @@ def base() -> ConfigDict:
                 "projection": "orthogonal",
                 "bottleneck": 48,
                 "lora_rank": 8,
-                "lora_alpha": 16.0,
             },
             "data": {
                 "name": "synthetic",
@@ -86,9 +85,7 @@ def base() -> ConfigDict:
     return config
 
 
-def load_config(
-    spec: str, overrides: Mapping[str, Any] | None = None
-) -> ConfigDict:
+def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
     """Loads ``"configs/NAME.py[:ARG]"`` for notebooks and tests.
 
     Args:
@@ -155,7 +152,6 @@ _POSITIVE = (
     "adapter.num_features",
     "adapter.bottleneck",
     "adapter.lora_rank",
-    "adapter.lora_alpha",
     "optim.batch_size",
     "optim.steps",
     "optim.clip_norm",
@@ -185,6 +181,11 @@ _CHOICES = {
 }
 
 
+def methods_of(config: ConfigDict) -> tuple[str, ...]:
+    """``config.methods``, also where the command line gave one string with commas."""
+    return tuple(name for item in config.methods for name in item.split(","))
+
+
 def check(config: ConfigDict) -> None:
     """Raises ValueError for a value that no run could use; touches no device."""
     from experiments.tasks import METHODS
@@ -207,8 +208,7 @@ def check(config: ConfigDict) -> None:
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
             raise ValueError(
-                f"config.{key} must be one of {', '.join(choices)}. "
-                f"Got {value(key)!r}."
+                f"config.{key} must be one of {', '.join(choices)}. Got {value(key)!r}."
             )
     if config.optim.warmup_steps >= config.optim.steps:
         raise ValueError(
@@ -220,7 +220,7 @@ def check(config: ConfigDict) -> None:
             "config.methods and config.seeds must not be empty. "
             f"Got {config.methods} and {config.seeds}."
         )
-    for method in config.methods:
+    for method in methods_of(config):
         if method not in METHODS:
             close = difflib.get_close_matches(method, METHODS, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -1,8 +1,8 @@
 """Data sets and a loader whose position is the step number.
 
-A split is anything with ``len()`` and ``__getitems__(indices)`` returning a list of
-``{"image": uint8[h, w, c], "label": int}`` or a stacked dict of them: the arrays
-below, or ``tfds.data_source``. :class:`TrainLoader` maps a step to a batch by a
+A split is anything with ``len()`` and ``__getitems__(indices)`` returning
+``{"image": uint8[n, h, w, c], "label": int32[n]}``: the arrays below, or a
+``tfds.data_source`` behind :class:`Resized`. :class:`TrainLoader` maps a step to a batch by a
 seeded permutation of each epoch, so resuming needs no stored iterator, and every
 number of processes sees the same global batches.
 """
@@ -72,6 +72,29 @@ class Subset:
 
 
 @dataclasses.dataclass(frozen=True)
+class Resized:
+    """A split whose images become RGB squares of one size when they are read."""
+
+    split: Split
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: np.ndarray) -> Batch:
+        # Ints in a list: tfds takes no arrays.
+        examples = self.split.__getitems__([int(index) for index in indices])
+        images = [
+            _resize(np.asarray(example["image"])[None], self.image_size)[0]
+            for example in examples
+        ]
+        return {
+            "image": np.stack([np.broadcast_to(x, (*x.shape[:2], 3)) for x in images]),
+            "label": np.asarray([example["label"] for example in examples], np.int32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Three splits and the number of classes."""
 
@@ -93,8 +116,7 @@ def from_float(images: np.ndarray, maximum: float) -> np.ndarray:
         raise ValueError(f"images must be finite. Got {count} non-finite values.")
     if images.min() < 0 or images.max() > maximum:
         raise ValueError(
-            f"images must lie in [0, {maximum}]. "
-            f"Got [{images.min()}, {images.max()}]."
+            f"images must lie in [0, {maximum}]. Got [{images.min()}, {images.max()}]."
         )
     return np.round(images * (255.0 / maximum)).astype(np.uint8)
 
@@ -129,6 +151,7 @@ def load(
     loader = _LOADERS.get(name)
     if loader is None and name.startswith("tfds:"):
         train, test, num_classes = _tfds(name.removeprefix("tfds:"), directory)
+        train, test = Resized(train, image_size), Resized(test, image_size)
         val = None
     elif loader is None:
         choices = ", ".join([*_LOADERS, "tfds:NAME"])
@@ -278,16 +301,6 @@ def _tfds(name: str, directory: str) -> tuple[Split, Split, int]:
     return train, test, train.dataset_info.features["label"].num_classes
 
 
-def collate(examples: Any) -> Batch:
-    """Stacks what a split returns into ``image`` and ``label`` arrays."""
-    if isinstance(examples, dict):
-        return examples
-    return {
-        "image": np.stack([np.asarray(example["image"]) for example in examples]),
-        "label": np.asarray([example["label"] for example in examples], np.int32),
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainLoader:
     """Shuffled training batches as a pure function of the step.
@@ -339,7 +352,7 @@ class TrainLoader:
         share = self.batch_size // self.process_count
         start = self.process_index * share
         rows = self.indices(step)[start : start + share]
-        return collate(self.split.__getitems__(rows))
+        return self.split.__getitems__(rows)
 
 
 def eval_batches(
@@ -350,7 +363,7 @@ def eval_batches(
     for start in range(0, len(split), batch_size):
         positions = start + process_index * share + np.arange(share)
         rows = np.minimum(positions, len(split) - 1)
-        batch = collate(split.__getitems__(rows))
+        batch = split.__getitems__(rows)
         yield batch | {"weight": (positions < len(split)).astype(np.float32)}
 
 

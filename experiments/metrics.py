@@ -1,32 +1,14 @@
 """Metrics as JSON lines, a progress line, and files written atomically."""
 
 import json
-import os
 import pathlib
 import sys
-import tempfile
 import time
 from typing import Any
 
 from tqdm import tqdm
 
-
-def write_atomic(path: str | pathlib.Path, data: bytes | str) -> None:
-    """Writes a file so that a reader sees the old content or the new, never half."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = data.encode() if isinstance(data, str) else data
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+from snnk_jax._files import write_atomic
 
 
 def write_json(path: str | pathlib.Path, value: Any) -> None:

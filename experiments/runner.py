@@ -1,18 +1,29 @@
 """Turns a config into runs, and their results into a report."""
 
+import dataclasses
+import importlib.metadata
 import json
+import os
 import pathlib
+import platform
+import subprocess
 from typing import Any
 
+import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+import snnk_jax as snnk
 from experiments import data as data_lib
+from experiments import report, summary, tasks, train
 from experiments import sharding as sharding_lib
-from experiments import tasks, train
-from experiments.config import check
+from experiments.config import check, methods_of
 from experiments.metrics import write_json
 from snnk_jax.models.vit_params import save_vit
+
+# Settings that choose which runs are done and how they are reported, not their result.
+_FREE = ("methods", "seeds", "export", "log")
 
 
 def recipe_for(
@@ -36,11 +47,26 @@ def recipe_for(
     )
 
 
-def run(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Runs every method and seed of a config; finished runs are not repeated."""
+def run(
+    config: ConfigDict, workdir: str | pathlib.Path, command: str = ""
+) -> list[dict[str, Any]]:
+    """Runs every method and seed of a config; finished runs are not repeated.
+
+    Args:
+      config: a config of :func:`experiments.load_config` or the command line.
+      workdir: folder for everything the runs write. A folder that holds runs of
+        other settings is refused.
+      command: shown in the report.
+
+    Returns:
+      The results of the final runs, as in ``results.json`` of each run.
+
+    Raises:
+      ValueError: for settings that no run could use, before any device work.
+    """
     check(config)
     workdir = pathlib.Path(workdir)
-    write_json(workdir / "config.json", json.loads(config.to_json_best_effort()))
+    _claim(workdir, config)
     dataset = data_lib.load(
         config.data.name,
         image_size=config.model.image_size,
@@ -50,29 +76,202 @@ def run(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict[str, Any]]
         test_size=config.data.test_size,
     )
     mesh = sharding_lib.make_mesh(config.mesh.axes)
+    chief = jax.process_index() == 0
+    environment = describe_environment()
+    if chief:
+        write_json(workdir / "env.json", environment)
+    base = tasks.build_model(
+        config, dataset.num_classes, nnx.Rngs(params=config.seeds[0])
+    )
+
+    def one(method: str, rate: float, seed: int, split: str, name: str) -> Any:
+        recipe = recipe_for(config, rate, seed, split)
+        return _run_one(config, base, dataset, mesh, method, recipe, workdir / name)
+
+    rates = {name: config.optim.learning_rates.get(name) for name in methods_of(config)}
+    if config.sweep.learning_rates:
+        rates = _sweep(config, one)
+        if chief:
+            write_json(workdir / "sweep.json", rates)
     results = []
-    for method in config.methods:
+    for method in methods_of(config):
         for seed in config.seeds:
-            rngs = nnx.Rngs(params=seed, projection=seed + 1)
-            model = tasks.build_model(config, dataset.num_classes, rngs)
-            model = tasks.METHODS[method].adapt(model, config, rngs)
-            recipe = recipe_for(
-                config, config.optim.learning_rates[method], seed, config.eval_split
-            )
-            model, result = train.fit(
-                model,
-                tasks.METHODS[method].trainable,
-                dataset,
-                recipe,
-                workdir / f"{method}-seed{seed}",
-                mesh=mesh,
-                rules=config.mesh.rules,
-                name=method,
-                keep=config.log.keep,
-                keep_best=config.keep_best,
-            )
+            name = f"{method}-lr{rates[method]:g}-seed{seed}"
+            model, result = one(method, rates[method], seed, config.eval_split, name)
             results.append(result)
-            print(method, result["accuracy"], flush=True)
-    if config.export:
-        save_vit(config.export, model, dtype="float16")
+    if chief:
+        if config.export:
+            save_vit(config.export, model, dtype="float16")
+        table = report.write(
+            workdir,
+            results,
+            title=config.name,
+            command=command or f"{config.name} ({len(results)} runs)",
+            environment=environment,
+            notes=_notes(config),
+        )
+        print(f"\n{table}\n\nReport and plots: {workdir / 'report.md'}", flush=True)
     return results
+
+
+def _sweep(config: ConfigDict, one: Any) -> dict[str, float]:
+    """Picks each method's learning rate by the validation split, one seed each."""
+    rates = {}
+    for method in methods_of(config):
+        scores = []
+        for rate in config.sweep.learning_rates:
+            name = f"sweep/{method}-lr{rate:g}"
+            try:
+                _, result = one(method, rate, config.sweep.seed, "val", name)
+            except train.NonFiniteError as error:
+                print(f"{name} diverged: {error}", flush=True)
+                continue
+            # The lower loss decides between equal accuracies.
+            scores.append((result["accuracy"], -result["loss"], rate))
+        if not scores:
+            raise ValueError(
+                "sweep.learning_rates must hold a rate at which every method trains. "
+                f"Got {tuple(config.sweep.learning_rates)}, all diverged for {method}."
+            )
+        rates[method] = max(scores)[-1]
+        print(f"{method}: learning rate {rates[method]:g}", flush=True)
+    return rates
+
+
+def _run_one(
+    config: ConfigDict,
+    base: Any,
+    dataset: data_lib.Dataset,
+    mesh: jax.sharding.Mesh,
+    method: str,
+    recipe: train.Recipe,
+    workdir: pathlib.Path,
+) -> tuple[Any, dict[str, Any]]:
+    task = tasks.METHODS[method]
+    chief = jax.process_index() == 0
+    rngs = nnx.Rngs(params=recipe.seed, projection=recipe.seed)
+    model = task.adapt(base, config, rngs)
+    counts = summary.count(model, task.trainable)
+    if chief and not (workdir / "result.json").is_file():
+        print(f"\n{workdir.name}: {task.title}")
+        print(summary.parameter_table(model, task.trainable))
+        batch = data_lib.TrainLoader(dataset.train, recipe.batch_size, 0).batch(0)
+        cost = summary.cost(model, task.trainable, recipe, batch)
+        print(
+            f"{cost['flops'] / 1e9:.1f} GFLOP a step of {recipe.batch_size} images; "
+            f"{cost['state_bytes'] / 1e6:.1f} MB of state, "
+            f"{cost['gradient_bytes'] / 1e6:.1f} MB of gradients, and activations",
+            flush=True,
+        )
+    model, result = train.fit(
+        model,
+        task.trainable,
+        dataset,
+        recipe,
+        workdir,
+        mesh=mesh,
+        rules=config.mesh.rules,
+        name=workdir.name,
+        keep=config.log.keep,
+        keep_best=config.keep_best,
+    )
+    result |= {
+        "method": method,
+        "title": task.title,
+        "workdir": str(workdir),
+        "counts": dataclasses.asdict(counts),
+    }
+    file = workdir / "adapter.safetensors"
+    if chief:
+        if not file.is_file():
+            exclude = task.trained
+            snnk.adapters.save_adapter(
+                file,
+                model,
+                base_fingerprint=snnk.adapters.fingerprint(base, exclude=exclude),
+                trained=task.trained,
+                exclude=exclude,
+            )
+        result["adapter_bytes"] = file.stat().st_size
+        print(
+            f"{workdir.name}: {recipe.eval_split} accuracy "
+            f"{100 * result['accuracy']:.2f} %, {result['seconds']:.0f} s",
+            flush=True,
+        )
+    return model, result
+
+
+def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Writes ``config.json``, or refuses a folder that holds other settings."""
+    settings = json.loads(config.to_json_best_effort())
+    file = workdir / "config.json"
+    if file.is_file():
+        found = json.loads(file.read_text())
+        fixed = {k: v for k, v in _flat(settings).items() if not k.startswith(_FREE)}
+        other = {k: v for k, v in _flat(found).items() if not k.startswith(_FREE)}
+        changed = sorted(
+            key for key in fixed | other if fixed.get(key) != other.get(key)
+        )
+        if changed:
+            raise ValueError(
+                f"workdir must be empty or hold runs of the same settings. Got "
+                f"{workdir}, whose config differs in {', '.join(changed)}. Choose "
+                "another --workdir or remove it."
+            )
+    if jax.process_index() == 0:
+        write_json(file, settings)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _notes(config: ConfigDict) -> list[str]:
+    notes = [
+        f"{config.optim.steps} steps of {config.optim.batch_size} images of "
+        f"{config.data.name}, {len(config.seeds)} seed(s)."
+    ]
+    if config.sweep.learning_rates:
+        rates = ", ".join(f"{rate:g}" for rate in config.sweep.learning_rates)
+        notes.append(
+            f"Each method's learning rate was chosen from {rates} on the validation "
+            "split."
+        )
+    return notes
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, devices and the commit, as written to ``env.json``."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=pathlib.Path(__file__).parent,
+    ).stdout.strip()
+    devices = jax.devices()
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "snnk_jax": f"{snnk.__version__} {commit}".strip(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "numpy_default_rng": type(np.random.default_rng().bit_generator).__name__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()

@@ -21,6 +21,8 @@ def mesh_shape(
     """
     names = tuple(name for name, _ in axes)
     sizes = [int(size) for _, size in axes]
+    if any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh.axes must be positive or -1. Got {tuple(axes)}.")
     if sizes.count(-1) == 1:
         known = -int(np.prod(sizes))
         sizes[sizes.index(-1)] = max(num_devices // known, 1)
@@ -81,32 +83,33 @@ def shardings(tree: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
 def _partition(
     name: str, shape: tuple[int, ...], tactic: Any, mesh: Mesh
 ) -> PartitionSpec:
-    if tactic == "replicate" or not shape:
+    if not shape:
         return PartitionSpec()
-    kind, axis, *rest = tactic if not isinstance(tactic, str) else (tactic, None)
-    if axis not in mesh.shape:
-        raise ValueError(
-            f"mesh.rules must name a mesh axis of {tuple(mesh.shape)}. Got {tactic!r}."
-        )
-    size = mesh.shape[axis]
-    if kind == "fsdp" and not rest:
-        divisible = [dim for dim, length in enumerate(shape) if length % size == 0]
-        if not divisible:
+    match tactic if isinstance(tactic, str) else tuple(tactic):
+        case "replicate":
             return PartitionSpec()
-        dim = max(divisible, key=lambda dim: shape[dim])
-    elif kind == "shard" and len(rest) == 1 and -len(shape) <= rest[0] < len(shape):
-        dim = rest[0] % len(shape)
-        if shape[dim] % size:
+        case ("fsdp", axis) if axis in mesh.shape:
+            divisible = [d for d, n in enumerate(shape) if n % mesh.shape[axis] == 0]
+            if not divisible:
+                return PartitionSpec()
+            dim = max(divisible, key=lambda d: shape[d])
+        case ("shard", axis, int(dim)) if axis in mesh.shape and (
+            -len(shape) <= dim < len(shape)
+        ):
+            if shape[dim] % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name} must be divisible by {mesh.shape[axis]} along dimension "
+                    f"{dim} for {tactic!r}. Got {shape}."
+                )
+        case _:
             raise ValueError(
-                f"{name} must be divisible by {size} along dimension {dim} for "
-                f"{tactic!r}. Got {shape}."
+                "a tactic must be 'replicate', ('fsdp', axis) or ('shard', axis, dim) "
+                f"with an axis of {tuple(mesh.shape)} and a dimension of the array. "
+                f"Got {tactic!r} for {name} of shape {shape}."
             )
-    else:
-        raise ValueError(
-            "a tactic must be 'replicate', ('fsdp', axis) or ('shard', axis, dim). "
-            f"Got {tactic!r} for {name} of shape {shape}."
-        )
-    return PartitionSpec(*(axis if d == dim else None for d in range(len(shape))))
+    return PartitionSpec(
+        *(axis if d == dim % len(shape) else None for d in range(len(shape)))
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

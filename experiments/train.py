@@ -64,10 +64,14 @@ class Recipe:
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW with linear warm-up and cosine decay to zero; biases are not decayed."""
+    """AdamW at learning rate 1 with warm-up and cosine decay; biases do not decay.
+
+    The training step multiplies its updates by the learning rate, which stands in the
+    training state: runs that differ in learning rate or seed share one compilation.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if recipe.warmup_steps else recipe.learning_rate,
-        peak_value=recipe.learning_rate,
+        init_value=0.0 if recipe.warmup_steps else 1.0,
+        peak_value=1.0,
         warmup_steps=recipe.warmup_steps,
         decay_steps=recipe.steps,
     )
@@ -123,7 +127,7 @@ def make_train_step(
     augment = AUGMENTATIONS[recipe.augment]
 
     def train_step(state, projections, frozen, batch):
-        key = jax.random.fold_in(jax.random.key(recipe.seed), state["step"])
+        key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
         augment_key, dropout_key = jax.random.split(key)
         images = normalise(augment(augment_key, batch["image"]))
 
@@ -143,6 +147,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(
             grads, state["opt_state"], state["params"]
         )
+        updates = optax.tree.scale(state["learning_rate"], updates)
         params = optax.apply_updates(state["params"], updates)
         metrics = {
             "loss": loss,
@@ -150,8 +155,8 @@ def make_train_step(
             "grad_norm": optax.global_norm(grads),
             "param_norm": optax.global_norm(params),
         }
-        state = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
-        return state, metrics
+        changed = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
+        return state | changed, metrics
 
     return train_step
 
@@ -202,15 +207,20 @@ def split_model(model: nnx.Module, trainable: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def make_init(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation, recipe: Recipe
 ) -> Callable[[Any], dict[str, Any]]:
     """Returns ``init(params) -> state``, pure."""
 
     def init_state(params):
         # Copies: the state is donated to the step, the caller keeps the model.
         params = jax.tree.map(jnp.copy, params)
-        step = jnp.zeros((), jnp.int32)
-        return {"params": params, "opt_state": optimizer.init(params), "step": step}
+        return {
+            "params": params,
+            "opt_state": optimizer.init(params),
+            "step": jnp.zeros((), jnp.int32),
+            "learning_rate": jnp.asarray(recipe.learning_rate, jnp.float32),
+            "seed": jnp.asarray(recipe.seed, jnp.uint32),
+        }
 
     return init_state
 
@@ -285,7 +295,7 @@ def fit(
     optimizer = make_optimizer(recipe)
     graphdef, params, projections, frozen = split_model(model, trainable)
 
-    init_state = make_init(optimizer)
+    init_state = make_init(optimizer, recipe)
     shapes = jax.eval_shape(init_state, params)
     in_shardings = step_shardings(shapes, projections, frozen, rules, mesh)
     state_shardings, *shared = in_shardings

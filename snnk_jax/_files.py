@@ -1,10 +1,12 @@
 """Files on disk: written atomically, read whole or not at all."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 
@@ -26,22 +28,19 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
         raise
 
 
-def read_safetensors(
-    path: str | os.PathLike[str], what: str
-) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Reads the header strings and the arrays of a safetensors file.
+@contextlib.contextmanager
+def open_safetensors(path: str | os.PathLike[str], what: str) -> Iterator[Any]:
+    """Opens a safetensors file for reading into NumPy arrays.
 
     Raises:
       FileNotFoundError: if there is no such file; ``what`` names it.
       ValueError: if it is cut short or no safetensors file.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{what} must be an existing file. Got {path}.")
     try:
         with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{what} must be a whole safetensors file. Got {path}: {error}."

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from snnk_jax import features as features_lib
 from snnk_jax import projections
-from snnk_jax._files import read_safetensors, write_atomic
+from snnk_jax._files import open_safetensors, write_atomic
 from snnk_jax.nn import (
     Adapted,
     AdapterParam,
@@ -219,7 +219,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def _read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    header, arrays = read_safetensors(path, "adapter")
+    with open_safetensors(path, "adapter") as file:
+        header = file.metadata() or {}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         record = json.loads(header["record"])
     except (KeyError, json.JSONDecodeError) as error:
@@ -274,9 +276,7 @@ def _describe_draw(
 
 
 def _draw_values(projection: Projection, words: Any) -> dict[str, np.ndarray]:
-    key = jax.random.wrap_key_data(
-        jnp.asarray(words, jnp.uint32), impl="threefry2x32"
-    )
+    key = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl="threefry2x32")
     values = projection.features.init(key, projection.dim, projection.param_dtype)
     return {name: np.asarray(value) for name, value in values.items()}
 

@@ -107,9 +107,7 @@ def check_layer(x: Array, kernel: Array, bias: Array | None) -> None:
             f"Got {x.shape} and {kernel.shape}."
         )
     if bias is not None and bias.shape != kernel.shape[1:]:
-        raise ValueError(
-            f"bias must have shape {kernel.shape[1:]}. Got {bias.shape}."
-        )
+        raise ValueError(f"bias must have shape {kernel.shape[1:]}. Got {bias.shape}.")
 
 
 def _norm(x: Array, axis: int) -> Array:

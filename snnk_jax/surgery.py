@@ -137,7 +137,9 @@ def swap_modules(
     matched: dict[str, tuple[str, ...]] = {}
     for rule in rules:
         names = [name for name in find_modules(model, rule.path) if name]
-        chosen = [name for name in names[rule.where or slice(None)] if name not in claims]
+        chosen = [
+            name for name in names[rule.where or slice(None)] if name not in claims
+        ]
         claims |= dict.fromkeys(chosen, rule)
         matched[rule.path] = matched.get(rule.path, ()) + tuple(chosen)
     unused = tuple(rule.path for rule in rules if not matched[rule.path])

@@ -44,9 +44,7 @@ class FeatureMap(abc.ABC):
             )
 
     @abc.abstractmethod
-    def init(
-        self, key: PRNGKeyArray, dim: int, dtype: Dtype = jnp.float32
-    ) -> Params:
+    def init(self, key: PRNGKeyArray, dim: int, dtype: Dtype = jnp.float32) -> Params:
         """Draws the frozen parameters for inputs of width ``dim``."""
 
     @abc.abstractmethod

@@ -72,11 +72,14 @@ class ViTConfig:
     remat: bool = False
 
     def __post_init__(self):
-        for name in ("hidden_size", "depth", "num_heads", "mlp_dim", "patch_size"):
+        sizes = ("hidden_size", "depth", "num_heads", "mlp_dim", "patch_size")
+        for name in (*sizes, "channels", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 1. Got {getattr(self, name)}."
                 )
+        if min(self.image_shape) < 1:
+            raise ValueError(f"image_size must be at least 1. Got {self.image_size}.")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 "hidden_size must be divisible by num_heads. "
@@ -156,7 +159,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
         def heads(y: Array) -> Array:
-            return y.reshape(*y.shape[:-1], self.num_heads, -1)
+            # dot_product_attention takes one batch axis.
+            return y.reshape(
+                -1, y.shape[-2], self.num_heads, y.shape[-1] // self.num_heads
+            )
 
         y = jax.nn.dot_product_attention(
             heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
@@ -220,9 +226,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "*b t d"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*b t d"]:
-        drop = functools.partial(
-            self.dropout, deterministic=rngs is None, rngs=rngs
-        )
+        drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
         x = x + drop(self.attention(self.norm1(x)))
         return x + drop(self.mlp(self.norm2(x)))
 
@@ -310,19 +314,18 @@ class ViT(nnx.Module):
             )
         x = self.patch_embed(patchify(images, config.patch_size))
         position = self.position_embedding[...].astype(x.dtype)
-        position = position.reshape((1,) * (x.ndim - 2) + position.shape)
-        x = x + position[..., -config.num_patches :, :]
+        patch_position = position[-config.num_patches :]
+        x = x + patch_position.reshape((1,) * (x.ndim - 2) + patch_position.shape)
         if rngs is not None and config.patch_dropout:
             x = _drop_tokens(rngs.dropout(), x, config.patch_dropout)
         if self.cls_token is not None:
-            token = self.cls_token[...].astype(x.dtype) + position[..., :1, :]
+            token = self.cls_token[...].astype(x.dtype) + position[0]
             token = jnp.broadcast_to(token, (*x.shape[:-2], 1, x.shape[-1]))
             x = jnp.concatenate([token, x], axis=-2)
-        apply: Callable[..., Array] = Block.__call__
-        if config.remat:
-            apply = jax.checkpoint(apply)
+        # nnx.remat, unlike jax.checkpoint, carries the count of rngs between blocks.
+        apply = nnx.remat(_apply_block) if config.remat else _apply_block
         for block in self.blocks:
-            x = apply(block, x, rngs=rngs)
+            x = apply(block, x, rngs)
         x = self.norm(x)
         return x[..., 0, :] if config.pool == "cls" else jnp.mean(x, axis=-2)
 
@@ -330,6 +333,10 @@ class ViT(nnx.Module):
         self, images: Float[Array, "*b h w c"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*b n"]:
         return self.head(self.features(images, rngs=rngs))
+
+
+def _apply_block(block: Callable[..., Array], x: Array, rngs: nnx.Rngs | None) -> Array:
+    return block(x, rngs=rngs)
 
 
 def _drop_tokens(key: PRNGKeyArray, x: Array, rate: float) -> Array:

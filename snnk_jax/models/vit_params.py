@@ -5,22 +5,17 @@ A file holds the parameters under their paths in :class:`~snnk_jax.models.vit.Vi
 it can be opened without knowing the sizes.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import pathlib
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from snnk_jax._files import open_safetensors, write_atomic
 from snnk_jax.models.vit import ViT, ViTConfig, resize_position_embedding
 from snnk_jax.typing import Dtype
 
@@ -48,7 +43,8 @@ def save_vit(
     arrays = {}
     for name, variable in _named_params(model).items():
         array = np.asarray(variable[...])
-        stored = array if dtype is None else array.astype(np.dtype(dtype))
+        with np.errstate(over="ignore"):  # an overflow is refused below
+            stored = array if dtype is None else array.astype(np.dtype(dtype))
         if not np.all(np.isfinite(stored)):
             raise ValueError(
                 f"{name} must be finite in {stored.dtype}. "
@@ -57,7 +53,7 @@ def save_vit(
         arrays[name] = np.ascontiguousarray(stored)
     config = json.dumps(dataclasses.asdict(model.config))
     header = (metadata or {}) | {"format": _FORMAT, "config": config}
-    _write_atomic(pathlib.Path(path), save(arrays, header))
+    write_atomic(path, save(arrays, header))
 
 
 def load_vit(
@@ -82,7 +78,7 @@ def load_vit(
       ValueError: if the file is damaged or does not hold exactly the parameters of
         the model; every missing, unexpected and misshapen name is listed.
     """
-    with _open(path) as file:
+    with open_safetensors(path, "weights") as file:
         stored = _stored_config(file, path)
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = dataclasses.replace(stored, **overrides)
@@ -120,21 +116,8 @@ def read_config(path: str | os.PathLike[str]) -> ViTConfig:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is damaged or of another format.
     """
-    with _open(path) as file:
+    with open_safetensors(path, "weights") as file:
         return _stored_config(file, path)
-
-
-@contextlib.contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"weights must be an existing file. Got {path}.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"weights must be a whole safetensors file. Got {path}: {error}"
-        ) from error
 
 
 def _stored_config(file: Any, path: str | os.PathLike[str]) -> ViTConfig:
@@ -144,7 +127,13 @@ def _stored_config(file: Any, path: str | os.PathLike[str]) -> ViTConfig:
             f"weights must have format {_FORMAT}. "
             f"Got {header.get('format')!r} in {path}."
         )
-    return ViTConfig(**_tuples(json.loads(header["config"])))
+    try:
+        return ViTConfig(**_tuples(json.loads(header["config"])))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "weights' header must hold the sizes of a ViT as JSON. "
+            f"Got {path}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_names(
@@ -178,18 +167,3 @@ def _named_params(model: ViT) -> dict[str, Any]:
 
 def _tuples(config: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-
-
-def _write_atomic(path: pathlib.Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise

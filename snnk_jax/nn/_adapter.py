@@ -106,7 +106,9 @@ class SNNKAdapter(nnx.Module):
         if self.normalize:
             z = _unit(z)
         features = self.projection.features
-        y = contract(self.projection(z), self.readout[...], precision=features.precision)
+        y = contract(
+            self.projection(z), self.readout[...], precision=features.precision
+        )
         if self.modulation is not None:
             v = self.modulation[...].astype(y.dtype)
             y = y * v.reshape((1,) * (y.ndim - 1) + v.shape)
@@ -147,9 +149,7 @@ class BottleneckAdapter(nnx.Module):
         dim: int,
         bottleneck: int,
         *,
-        activation: str
-        | activations.Activation
-        | Callable[[Array], Array] = "gelu",
+        activation: str | activations.Activation | Callable[[Array], Array] = "gelu",
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,

@@ -91,7 +91,7 @@ def test_missing_libtpu_names_the_command(monkeypatch):
 def test_unknown_data_needs_num_classes():
     config = load_config("configs/vit_pretrain.py", {"data.name": "tfds:unknown"})
     with pytest.raises(ValueError, match=r"num_classes must be given.*tfds:unknown"):
-        aot.compile_config(config, "v5e:2x4")
+        aot.prepare(config, "v5e:2x4")
 
 
 def test_stored_weights_give_the_sizes_only(tmp_path):

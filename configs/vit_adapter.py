@@ -1,0 +1,82 @@
+"""Fine-tunes a pretrained ViT with SNNK adapters, beside what they compete with.
+
+By default the small ViT of ``configs/vit_pretrain.py`` (``assets/vit_tin32``) learns
+scikit-learn's handwritten digits, which need no download:
+
+    python -m experiments.main --config=configs/vit_adapter.py
+
+Arguments behind a colon:
+
+* ``:sweep``  all methods, each with its learning rate chosen on a validation split
+  from one grid, then 3 seeds. Its result is committed, ``docs/results.md``.
+* ``:cifar10_jpeg``  CIFAR-10 stored as JPEG, ``--config.data.dir=FOLDER``.
+* ``:cifar10``, ``:cifar100``  through TFDS, prepared beforehand.
+* ``:quicktest``  two steps on synthetic images.
+
+``--config.methods=snnk_relu,lora`` picks methods, see ``experiments/tasks.py``.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.config import base
+
+_METHODS = ("linear_probe", "houlsby", "snnk_relu", "snnk_cos")
+_ALL_METHODS = (
+    *_METHODS,
+    "houlsby_slim",
+    "pfeiffer",
+    "lora",
+    "bitfit",
+    "full",
+)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the recipe; see the module for ``arg``."""
+    config = base()
+    config.name = "vit_adapter" + (f"_{arg}" if arg else "")
+    config.methods = _METHODS
+    config.model.update(weights="assets/vit_tin32.safetensors", image_size=32)
+    config.adapter.update(num_features=16, bottleneck=48, lora_rank=8)
+    config.data.update(name="digits", augment="crop", val_fraction=0.2)
+    config.optim.update(
+        # Chosen by `:sweep`, see docs/results.md.
+        learning_rates={
+            "linear_probe": 1e-2,
+            "houlsby": 3e-3,
+            "houlsby_slim": 3e-3,
+            "pfeiffer": 3e-3,
+            "lora": 3e-3,
+            "bitfit": 3e-3,
+            "snnk_relu": 1e-2,
+            "snnk_cos": 1e-2,
+            "full": 1e-3,
+        },
+        batch_size=64,
+        steps=120,
+        warmup_steps=12,
+        weight_decay=1e-4,
+    )
+    config.log.update(log_every=10, eval_every=60, checkpoint_every=60)
+    if arg == "sweep":
+        config.methods = _ALL_METHODS
+        config.seeds = (0, 1, 2)
+        config.sweep.learning_rates = (1e-3, 3e-3, 1e-2, 3e-2)
+    elif arg in ("cifar10", "cifar100", "cifar10_jpeg"):
+        config.data.name = arg if arg == "cifar10_jpeg" else f"tfds:{arg}"
+        config.data.augment = "crop_flip"
+        config.optim.update(steps=2000, warmup_steps=100, batch_size=128)
+        config.log.update(log_every=20, eval_every=500, checkpoint_every=250)
+    elif arg == "quicktest":
+        config.model.update(
+            weights="", hidden_size=16, depth=1, num_heads=2, mlp_dim=32
+        )
+        config.data.update(name="synthetic")
+        config.optim.update(batch_size=16, steps=2, warmup_steps=1)
+        config.log.update(log_every=1, eval_every=0, checkpoint_every=1)
+    elif arg:
+        raise ValueError(
+            "the config argument must be sweep, cifar10, cifar100, cifar10_jpeg or "
+            f"quicktest. Got {arg!r}."
+        )
+    return config

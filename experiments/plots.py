@@ -1,0 +1,71 @@
+"""PNG plots of a report."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
+
+Curve = Sequence[tuple[float, float]]
+
+
+def curves(
+    path: str | pathlib.Path,
+    panels: Mapping[str, Mapping[str, Curve]],
+    xlabel: str = "step",
+) -> None:
+    """Draws one panel per key, each with its named curves."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.0 * len(panels), 3.6), squeeze=False
+    )
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), label=name, linewidth=1.4)
+        axis.set(xlabel=xlabel, title=title)
+        axis.grid(alpha=0.3)
+    axes[0][-1].legend(fontsize=8)
+    _save(figure, path)
+
+
+def accuracy_against_parameters(
+    path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Draws accuracy against trained parameters (head apart), range as bars.
+
+    Each row has ``title``, ``trained``, ``mean``, ``low`` and ``high``. The linear
+    probe, which trains no parameter but the head, is drawn as a line.
+    """
+    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    for index, row in enumerate(rows):
+        color = f"C{index}"
+        mean = 100 * row["mean"]
+        if row["trained"] == 0:
+            axis.axhline(mean, color=color, linestyle="--", label=row["title"])
+            continue
+        spread = [[mean - 100 * row["low"]], [100 * row["high"] - mean]]
+        marker = "o" if "SNNK" in row["title"] else "s"
+        axis.errorbar(
+            row["trained"],
+            mean,
+            yerr=spread,
+            fmt=marker,
+            color=color,
+            capsize=3,
+            label=row["title"],
+        )
+    axis.set(
+        xscale="log", xlabel="trained parameters without the head", ylabel="accuracy, %"
+    )
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | pathlib.Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

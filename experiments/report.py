@@ -1,0 +1,130 @@
+"""The report of a config's runs: one table, its plots, and where they come from."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from experiments import plots
+from experiments.metrics import read_jsonl
+from snnk_jax._files import write_atomic
+
+
+def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Takes the seeds of a method together: mean and range of the accuracy."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        methods.setdefault(result["method"], []).append(result)
+    table = []
+    for runs in methods.values():
+        accuracies = [run["accuracy"] for run in runs]
+        table.append(
+            {
+                "method": runs[0]["method"],
+                "title": runs[0]["title"],
+                "seeds": len(runs),
+                "mean": statistics.fmean(accuracies),
+                "low": min(accuracies),
+                "high": max(accuracies),
+                "learning_rate": runs[0]["recipe"]["learning_rate"],
+                "trained": runs[0]["counts"]["trained"],
+                "head": runs[0]["counts"]["head"],
+                "projections": runs[0]["counts"]["projections"],
+                "bytes": runs[0]["adapter_bytes"],
+                "step_ms": statistics.median(run["step_ms"] for run in runs),
+                "seconds": sum(run["seconds"] for run in runs),
+            }
+        )
+    return table
+
+
+_HEADER = (
+    "method",
+    "accuracy, %",
+    "range",
+    "trained",
+    "head",
+    "frozen Ω",
+    "file, kB",
+    "learning rate",
+    "step, ms",
+    "seconds",
+)
+
+
+def markdown_table(table: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown, columns padded so that it reads as text too."""
+    lines = [_HEADER]
+    for row in table:
+        spread = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        lines.append(
+            (
+                row["title"],
+                f"{100 * row['mean']:.2f}",
+                spread if row["seeds"] > 1 else "1 seed",
+                f"{row['trained']:,}",
+                f"{row['head']:,}",
+                f"{row['projections']:,}",
+                f"{row['bytes'] / 1e3:.1f}",
+                f"{row['learning_rate']:g}",
+                f"{row['step_ms']:.0f}",
+                f"{row['seconds']:.0f}",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+
+    def text(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([text(lines[0]), text(rule), *map(text, lines[1:])])
+
+
+def write(
+    workdir: str | pathlib.Path,
+    results: Sequence[dict[str, Any]],
+    *,
+    title: str,
+    command: str,
+    environment: dict[str, Any],
+    notes: Sequence[str] = (),
+) -> str:
+    """Writes ``report.md``, ``results.json`` and the plots; returns the table."""
+    workdir = pathlib.Path(workdir)
+    table = rows(results)
+    text = markdown_table(table)
+    split = results[0]["recipe"]["eval_split"]
+    panels: dict[str, dict[str, Any]] = {"training loss": {}, f"{split} accuracy": {}}
+    for result in results:
+        if result["recipe"]["seed"] != results[0]["recipe"]["seed"]:
+            continue
+        logged = read_jsonl(pathlib.Path(result["workdir"]) / "metrics.jsonl")
+        for panel, key in zip(
+            panels.values(), ("train/loss", f"{split}/accuracy"), strict=True
+        ):
+            points = [(line["step"], line[key]) for line in logged if key in line]
+            if points:
+                panel[result["title"]] = points
+    plots.curves(workdir / "curves.png", {k: v for k, v in panels.items() if v})
+    plots.accuracy_against_parameters(workdir / "accuracy.png", table)
+    write_atomic(
+        workdir / "results.json", json.dumps({"table": table}, indent=2) + "\n"
+    )
+    parts = [
+        f"# {title}",
+        f"`{command}`",
+        f"Accuracy on the {split} split. " + " ".join(notes),
+        text,
+        "![accuracy against trained parameters](accuracy.png)",
+        "![curves](curves.png)",
+        "Environment: "
+        + ", ".join(f"{name} {value}" for name, value in environment.items())
+        + ".",
+    ]
+    write_atomic(workdir / "report.md", "\n\n".join(parts) + "\n")
+    return text
