@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from experiments import sharding as sharding_lib
 from experiments import tasks, train
-from experiments.config import check
+from experiments.config import check, methods_of
 from experiments.data import NUM_CLASSES
 from experiments.metrics import write_json
 from experiments.runner import recipe_for
@@ -313,7 +313,7 @@ def compile_config(config: Any, num_classes: int, mesh: Mesh) -> list[dict[str, 
       A report for each method, or its ``error`` if it does not fit.
     """
     reports = []
-    for method in config.methods:
+    for method in methods_of(config):
         try:
             report = compile_method(config, method, num_classes, mesh)
         except OutOfMemoryError as error:
@@ -328,6 +328,7 @@ def compile_config(config: Any, num_classes: int, mesh: Mesh) -> list[dict[str, 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {argv[1:]}.")
+    logging.set_verbosity(logging.WARNING)
     # Compile only: leave a TPU of this machine to others.
     jax.config.update("jax_platforms", "cpu")
     for name, value in _LIBTPU_ENV.items():

@@ -2,13 +2,14 @@
 
 A split is anything with ``len()`` and ``__getitems__(indices)`` returning
 ``{"image": uint8[n, h, w, c], "label": int32[n]}``: the arrays below, or a
-``tfds.data_source`` behind :class:`Resized`. :class:`TrainLoader` maps a step to a batch by a
-seeded permutation of each epoch, so resuming needs no stored iterator, and every
-number of processes sees the same global batches.
+``tfds.data_source`` behind :class:`Resized`. :class:`TrainLoader` maps a step to a
+batch by a seeded permutation of each epoch, so resuming needs no stored iterator, and
+every number of processes sees the same global batches.
 """
 
 import dataclasses
 import io
+import itertools
 import pathlib
 import queue
 import threading
@@ -206,8 +207,11 @@ def _cifar10_jpeg(directory: str, image_size: int):
 
 
 def _tinyimagenet32(directory: str, image_size: int):
-    """Tiny-ImageNet-200 at 32x32; its validation images serve as validation and
-    test, since the labels of its test images are not public."""
+    """Tiny-ImageNet-200 at 32x32.
+
+    Its validation images serve as validation and test, since the labels of its test
+    images are not public.
+    """
     data = _npz(directory, "tinyimagenet32_q75jpeg.npz")
     val = _decode(data, "val_", image_size)
     return _decode(data, "train_", image_size), val, val
@@ -256,7 +260,7 @@ def _decode(data: dict[str, np.ndarray], prefix: str, image_size: int) -> ArrayS
     images = np.stack(
         [
             np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())).convert("RGB"))
-            for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+            for a, b in itertools.pairwise(offsets)
         ]
     )
     labels = data[f"{prefix}labels"].astype(np.int32)
@@ -358,7 +362,7 @@ class TrainLoader:
 def eval_batches(
     split: Split, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Yields every example once; the last batch is padded and has ``weight`` 0 there."""
+    """Yields every example once; padding of the last batch has ``weight`` 0."""
     share = batch_size // process_count
     for start in range(0, len(split), batch_size):
         positions = start + process_index * share + np.arange(share)

@@ -10,7 +10,6 @@ import subprocess
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -264,7 +263,6 @@ def describe_environment() -> dict[str, Any]:
         "devices": f"{len(devices)} {devices[0].device_kind}",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "numpy_default_rng": type(np.random.default_rng().bit_generator).__name__,
     }
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,7 +33,7 @@ PREEMPTED_EXIT_CODE = 75
 """Exit status after SIGTERM: state saved, run the same command again to go on."""
 
 
-class Preempted(Exception):
+class Preempted(Exception):  # noqa: N818 (a request, not an error)
     """The run was asked to stop and has saved its state."""
 
 
@@ -122,8 +123,8 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 def make_train_step(
     graphdef: Any, optimizer: optax.GradientTransformation, recipe: Recipe
-) -> Callable[[Any, Any, Any, dict[str, jax.Array]], tuple[Any, dict[str, jax.Array]]]:
-    """Returns ``step(state, frozen, batch) -> (state, metrics)``, pure."""
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """Returns ``step(state, projections, frozen, batch) -> (state, metrics)``, pure."""
     augment = AUGMENTATIONS[recipe.augment]
 
     def train_step(state, projections, frozen, batch):
@@ -132,7 +133,8 @@ def make_train_step(
         images = normalise(augment(augment_key, batch["image"]))
 
         def loss_fn(params):
-            model = nnx.merge(graphdef, params, projections, frozen)
+            # Copies, since nnx.remat writes to all variables of the model.
+            model = nnx.merge(graphdef, params, projections, frozen, copy=True)
             logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
             logits = logits.astype(jnp.float32)
             targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
@@ -152,8 +154,8 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
         }
         changed = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         return state | changed, metrics
@@ -167,9 +169,7 @@ def make_eval_step(graphdef: Any) -> Callable[..., dict[str, jax.Array]]:
     def eval_step(params, projections, frozen, batch):
         model = nnx.merge(graphdef, params, projections, frozen)
         logits = model(normalise(batch["image"])).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["label"]
-        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         hits = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         weight = batch["weight"]
         return {
@@ -184,17 +184,16 @@ def make_eval_step(graphdef: Any) -> Callable[..., dict[str, jax.Array]]:
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Turns SIGTERM into a flag that the loop reads between steps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # a notebook's worker cannot handle signals
+        return
     stopped = False
 
     def request(signum: int, frame: Any) -> None:
         nonlocal stopped
         stopped = True
 
-    try:
-        previous = signal.signal(signal.SIGTERM, request)
-    except ValueError:  # not the main thread (a notebook's worker): no handler
-        yield lambda: False
-        return
+    previous = signal.signal(signal.SIGTERM, request)
     try:
         yield lambda: stopped
     finally:
@@ -289,9 +288,24 @@ def fit(
       Preempted: after SIGTERM, with the state saved.
       NonFiniteError: if loss or norms stop being finite; the last good checkpoint
         stays.
+      ValueError: if the batch does not fit the data or the mesh, or ``workdir`` holds
+        a damaged checkpoint or a run of another recipe.
     """
     workdir = pathlib.Path(workdir)
     chief = jax.process_index() == 0
+    process = {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    loader = data_lib.TrainLoader(
+        dataset.train, recipe.batch_size, recipe.seed, **process
+    )
+    scored = getattr(dataset, recipe.eval_split)
+    if recipe.batch_size % mesh.shape["data"]:
+        raise ValueError(
+            "batch_size must be divisible by the mesh axis 'data'. "
+            f"Got {recipe.batch_size} and {mesh.shape['data']}."
+        )
     optimizer = make_optimizer(recipe)
     graphdef, params, projections, frozen = split_model(model, trainable)
 
@@ -318,19 +332,16 @@ def fit(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             saved(state, best_params),
         )
-        restored, record = checkpoints.restore(target)
+        try:
+            restored, record = checkpoints.restore(target)
+            _check_recipe(record["recipe"], recipe, workdir)
+        except ValueError:
+            checkpoints.close()
+            raise
         projections = restored.pop("projections")
         best_params = restored.pop("best_params", None)
         state, best, seconds = restored, record["best"], record["seconds"]
     start = int(state["step"])
-    process = {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    loader = data_lib.TrainLoader(
-        dataset.train, recipe.batch_size, recipe.seed, **process
-    )
-    scored = getattr(dataset, recipe.eval_split)
     train_step = jit_train_step(graphdef, optimizer, recipe, in_shardings)
     eval_step = jax.jit(
         make_eval_step(graphdef),
@@ -391,12 +402,13 @@ def fit(
                     step_seconds.append((now - clock) / (step - last_good))
                     seconds += now - clock
                     if not all(math.isfinite(value) for value in values.values()):
+                        kept = checkpoints.latest_step()
                         raise NonFiniteError(
                             f"loss and norms must stay finite. Got {values} between "
-                            f"steps {last_good + 1} and {step} of {name}. The last "
-                            f"good checkpoint is step {checkpoints.latest_step()} in "
-                            f"{checkpoints.directory}; try a lower learning rate than "
-                            f"{recipe.learning_rate}."
+                            f"steps {last_good + 1} and {step} of {name}. "
+                            f"{'No step' if kept is None else f'Step {kept}'} is saved "
+                            f"in {checkpoints.directory}; try a lower learning rate "
+                            f"than {recipe.learning_rate}."
                         )
                     last_good = step
                     if writer:
@@ -445,6 +457,23 @@ def fit(
     return trained(state), result
 
 
+def _check_recipe(
+    stored: dict[str, Any], recipe: Recipe, workdir: pathlib.Path
+) -> None:
+    """Refuses to go on with a run that was started with another recipe."""
+    # How often a run reports and saves does not change what it learns.
+    free = {"log_every", "eval_every", "checkpoint_every"}
+    changed = {
+        name: (stored.get(name), value)
+        for name, value in dataclasses.asdict(recipe).items()
+        if name not in free and stored.get(name) != value
+    }
+    if changed:
+        raise ValueError(
+            f"{workdir} must hold a run of the same recipe; choose another workdir. "
+            f"Got (stored, asked) values {changed}."
+        )
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-

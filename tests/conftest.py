@@ -4,6 +4,7 @@ import os
 import pathlib
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -31,6 +32,14 @@ def root() -> pathlib.Path:
 @pytest.fixture
 def data_dir():
     return data_folder
+
+
+@pytest.fixture
+def unchecked():
+    """Without jaxtyping's checks: the library's own errors, as users see them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

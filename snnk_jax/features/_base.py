@@ -89,7 +89,7 @@ class FeatureMap(abc.ABC):
 
 def accumulation_dtype(dtype: Dtype) -> Dtype:
     """float32 for narrower types, the type itself otherwise."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 def squared_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b"]:

@@ -93,7 +93,7 @@ class URF(FeatureMap):
         z = self.project(params["omega"], x)
         rate = self._atom.frequency * params["scale"].astype(z.dtype)
         log_size = 0.5 * rate * rate * squared_norm(x)[..., None]
-        size = _finite_exp(log_size, x.dtype) * (2.0 / self.num_features) ** 0.5
+        size = _scaled_exp(log_size, (2.0 / self.num_features) ** 0.5, x.dtype)
         angle = rate * z
         waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         return (size * waves).astype(x.dtype)
@@ -112,8 +112,8 @@ class URF(FeatureMap):
         inverse = 1 / params["scale"].astype(z.dtype)
         norms = squared_norm(kernel.T)[:, None]
         log_size = inverse * z - 0.5 * inverse * inverse * norms
-        size = _finite_exp(log_size, kernel.dtype)
-        size = size * (atom.amplitude * (2.0 / self.num_features) ** 0.5)
+        factor = atom.amplitude * (2.0 / self.num_features) ** 0.5
+        size = _scaled_exp(log_size, factor, kernel.dtype)
         phase = jnp.full((kernel.shape[1], 1), atom.phase, z.dtype)
         if bias is not None:
             phase = phase + atom.frequency * bias.astype(z.dtype)[:, None]
@@ -135,7 +135,7 @@ class URF(FeatureMap):
         return (2 * limit) ** 0.5 / (abs(self._atom.frequency) * params["scale"])
 
 
-def _finite_exp(log_size: Array, dtype: Dtype) -> Array:
-    """exp, and NaN instead of an inf after the cast to ``dtype``."""
-    limit = math.log(float(jnp.finfo(dtype).max))
-    return jnp.where(log_size <= limit, jnp.exp(log_size), jnp.nan)
+def _scaled_exp(log_size: Array, factor: float, dtype: Dtype) -> Array:
+    """``factor * exp(log_size)``, NaN where ``dtype`` cannot hold it."""
+    size = factor * jnp.exp(log_size)
+    return jnp.where(jnp.abs(size) <= float(jnp.finfo(dtype).max), size, jnp.nan)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from snnk_jax import activations
 from snnk_jax.features import FeatureMap
+from snnk_jax.features._base import accumulation_dtype
 from snnk_jax.nn._projection import Projection, projection_key
 from snnk_jax.nn._variables import AdapterParam
 from snnk_jax.ops import contract
@@ -182,6 +183,6 @@ class BottleneckAdapter(nnx.Module):
 
 def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Scales to norm one; zero stays zero, with a finite gradient."""
-    accurate = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    accurate = x.astype(accumulation_dtype(x.dtype))
     square = jnp.sum(accurate * accurate, axis=-1, keepdims=True)
     return (accurate / jnp.sqrt(jnp.where(square > 0, square, 1))).astype(x.dtype)

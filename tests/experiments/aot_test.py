@@ -131,8 +131,8 @@ def compile_step(root):
     }
     env.pop("XLA_FLAGS", None)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        config = "--config=configs/vit_pretrain.py:quicktest"
+    def run(*arguments: str, recipe: str = "vit_pretrain"):
+        config = f"--config=configs/{recipe}.py:quicktest"
         return subprocess.run(
             [sys.executable, "-m", "experiments.aot", config, *arguments],
             cwd=root,
@@ -165,6 +165,27 @@ def test_data_parallel_step_compiles_for_v5e(compile_step, tmp_path):
     params = report["trainable_params"]
     assert report["collectives"]["all-reduce"]["bytes"] >= 4 * params
     assert report["frozen_params"] == 0
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_adapter_step_reduces_only_what_it_trains(compile_step, tmp_path):
+    path = tmp_path / "aot.json"
+    done = compile_step(
+        "--config.methods=snnk_relu,snnk_cos",
+        "--config.model.remat=True",
+        f"--json={path}",
+        recipe="vit_adapter",
+    )
+    assert done.returncode == 0, done.stderr
+    relu, cos = json.loads(path.read_text())["methods"]
+    # One block of width 16: two adapters with 16 features each, and the head.
+    assert relu["trainable_params"] == 2 * (16 * 16 + 16) + 16 * 10 + 10
+    assert cos["trainable_params"] == relu["trainable_params"]
+    for report in (relu, cos):
+        assert report["frozen_params"] > report["trainable_params"]
+        reduced = report["collectives"]["all-reduce"]["bytes"]
+        assert reduced == 4 * (report["trainable_params"] + 2)  # loss and accuracy
 
 
 @pytest.mark.slow

@@ -1,0 +1,162 @@
+"""Speed of the SNNK layer beside the dense layer it stands for.
+
+    python -m experiments.bench
+
+All rows are timed in one run, in turns, so that a busy moment hits all of them. The
+last row only writes an output of the same size: no layer can be faster. A layer of
+one matrix can gain at most dense / write, so the goal is 8 times or 85 % of that,
+whichever is less.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+import snnk_jax as snnk
+from experiments.metrics import write_json
+from experiments.runner import describe_environment
+
+_BATCH = flags.DEFINE_integer("batch", 0, "Rows; 1024, or 8192 on an accelerator.")
+_IN = flags.DEFINE_integer("in_features", 768, "Input width.")
+_OUT = flags.DEFINE_integer("out_features", 3072, "Output width.")
+_FEATURES = flags.DEFINE_integer("num_features", 64, "Features of the judged layer.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "", ["", "float32", "bfloat16"], "float32, or bfloat16 on an accelerator."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 40, "Timings per row.")
+_JSON = flags.DEFINE_string("json", "", "Also write the table to this file.")
+
+GOAL = 8.0
+WRITE_SHARE = 0.85
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Timings of one layer, in milliseconds."""
+
+    name: str
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+
+def layers(
+    key: jax.Array, batch: int, d: int, o: int, m: int, dtype: Any
+) -> tuple[jax.Array, dict[str, Callable[[jax.Array], jax.Array]]]:
+    """An input and the jitted layers to compare on it, weights as arguments."""
+    keys = iter(jax.random.split(key, 16))
+    x = jax.random.normal(next(keys), (batch, d), dtype)
+    kernel = jax.random.normal(next(keys), (d, o), dtype) * d**-0.5
+    bias = jnp.zeros((1, o), dtype)
+
+    def dense_gelu(kernel, x):
+        return jax.nn.gelu(jnp.matmul(x, kernel) + bias, approximate=False)
+
+    def dense_relu(kernel, x):
+        return jax.nn.relu(jnp.matmul(x, kernel) + bias)
+
+    def low_rank(factors, x):
+        down, up = factors
+        z = jnp.matmul(jnp.matmul(x, down), up) + bias
+        return jax.nn.gelu(z, approximate=False)
+
+    def write_only(row, x):
+        return row + x[:, :1]
+
+    def snnk_layer(fm):
+        params = fm.init(next(keys), d)
+        psi = fm.psi(params, kernel)
+
+        def layer(weights, x):
+            params, psi = weights
+            return snnk.contract(fm.phi(params, x), psi)
+
+        return layer, (params, psi)
+
+    down = jax.random.normal(next(keys), (d, m), dtype) * d**-0.5
+    up = jax.random.normal(next(keys), (m, o), dtype) * m**-0.5
+    arc, urf = snnk.features.ArcCosine, snnk.features.URF
+    rows: dict[str, tuple[Callable[[Any, jax.Array], jax.Array], Any]] = {
+        "dense + GELU": (dense_gelu, kernel),
+        "dense + ReLU": (dense_relu, kernel),
+        f"low rank {m} + GELU": (low_rank, (down, up)),
+    }
+    for features in sorted({8, m, 4 * m}):
+        rows[f"SNNK ReLU, m={features}"] = snnk_layer(arc(num_features=features))
+    rows[f"SNNK cosine, m={m}"] = snnk_layer(urf(activation="cos", num_features=m))
+    rows["write the output only"] = (write_only, bias)
+
+    def bound(fn: Callable[[Any, jax.Array], jax.Array], weights: Any) -> Any:
+        jitted = jax.jit(fn)
+        return lambda x: jitted(weights, x)
+
+    return x, {name: bound(*row) for name, row in rows.items()}
+
+
+def time_in_turns(
+    fns: dict[str, Callable[[jax.Array], jax.Array]], x: jax.Array, rounds: int
+) -> list[Row]:
+    """Times each function once a round and takes medians and quartiles."""
+    for fn in fns.values():
+        jax.block_until_ready(fn(x))
+        jax.block_until_ready(fn(x))
+    timings: dict[str, list[float]] = {name: [] for name in fns}
+    for _ in range(rounds):
+        for name, fn in fns.items():
+            start = time.perf_counter()
+            jax.block_until_ready(fn(x))
+            timings[name].append(1e3 * (time.perf_counter() - start))
+    rows = []
+    for name, values in timings.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        rows.append(Row(name, median, low, high))
+    return rows
+
+
+def verdict(rows: list[Row], judged: str) -> str:
+    """One line: the gain of the judged row, both bounds, and which one binds."""
+    times = {row.name: row.median_ms for row in rows}
+    dense, write = times["dense + GELU"], times["write the output only"]
+    gain, limit = dense / times[judged], WRITE_SHARE * dense / write
+    target = min(GOAL, limit)
+    binding = "the goal" if limit >= GOAL else "writing the output"
+    outcome = "reached" if gain >= target else "MISSED"
+    return (
+        f"{judged}: {gain:.1f} times faster than dense + GELU. Goal {GOAL:.0f} times; "
+        f"{WRITE_SHARE:.0%} of what writing the output allows is {limit:.1f} times. "
+        f"{binding} binds at {target:.1f}: {outcome}."
+    )
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    accelerated = jax.default_backend() != "cpu"
+    batch = _BATCH.value or (8192 if accelerated else 1024)
+    dtype = jnp.dtype(_DTYPE.value or ("bfloat16" if accelerated else "float32"))
+    d, o, m = _IN.value, _OUT.value, _FEATURES.value
+    x, fns = layers(jax.random.key(0), batch, d, o, m, dtype)
+    rows = time_in_turns(fns, x, _ROUNDS.value)
+    dense = rows[0].median_ms
+    environment = describe_environment()
+    print(f"{d} -> {o}, batch {batch}, {dtype.name}, {_ROUNDS.value} rounds")
+    print(", ".join(f"{name} {value}" for name, value in environment.items()))
+    print(f"{'layer':26}{'median ms':>10}{'quartiles ms':>18}{'gain':>8}")
+    for row in rows:
+        quartiles = f"{row.low_ms:.2f} to {row.high_ms:.2f}"
+        gain = f"{dense / row.median_ms:.1f}x"
+        print(f"{row.name:26}{row.median_ms:10.2f}{quartiles:>18}{gain:>8}")
+    print(verdict(rows, f"SNNK ReLU, m={m}"))
+    if _JSON.value:
+        table = [dataclasses.asdict(row) for row in rows]
+        write_json(_JSON.value, {"environment": environment, "rows": table})
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,315 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import snnk_jax as snnk
+from snnk_jax import adapters
+from snnk_jax.models.vit import ViT, ViTConfig
+from snnk_jax.nn import Adapted, AdapterParam
+
+SIZES = {
+    "hidden_size": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_dim": 32,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_classes": 3,
+}
+ARC = snnk.features.ArcCosine(num_features=8)
+COS = snnk.features.URF(activation="cos", num_features=8, scale=1.0)
+
+
+def make_base(seed=0, **changes):
+    return ViT(ViTConfig(**(SIZES | changes)), rngs=nnx.Rngs(seed))
+
+
+def snnk_build(fm):
+    def build(module, rngs):
+        return Adapted(module, snnk.nn.SNNKAdapter(16, features=fm, rngs=rngs))
+
+    return build
+
+
+def bottleneck_build(module, rngs):
+    return Adapted(module, snnk.nn.BottleneckAdapter(16, 3, rngs=rngs))
+
+
+def lora_build(linear, rngs):
+    return nnx.LoRA(
+        16, 2, 16, base_module=linear, lora_param_type=AdapterParam, rngs=rngs
+    )
+
+
+RULES = {
+    "snnk_relu": [snnk.SwapRule(path=r".*/(attention|mlp)", build=snnk_build(ARC))],
+    "snnk_cos": [snnk.SwapRule(path=r".*/mlp", build=snnk_build(COS))],
+    "bottleneck": [snnk.SwapRule(path=r".*/mlp", build=bottleneck_build)],
+    "lora": [snnk.SwapRule(path=r".*/(query|value)", build=lora_build)],
+}
+
+
+def scramble(model, filter_=AdapterParam):
+    """Gives the selected parameters and the head values no initialiser would."""
+    graphdef, chosen, rest = nnx.split(
+        model, nnx.Any(filter_, nnx.PathContains("head")), ...
+    )
+    keys = iter(jax.random.split(jax.random.key(5), 100))
+    chosen = jax.tree.map(
+        lambda p: 0.1 * jax.random.normal(next(keys), p.shape, p.dtype), chosen
+    )
+    return nnx.merge(graphdef, chosen, rest)
+
+
+def trained(kind, base):
+    model, _ = snnk.swap_modules(base, RULES[kind], rngs=nnx.Rngs(7))
+    return scramble(model)
+
+
+IMAGES = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_base()
+
+
+@pytest.fixture
+def saved(base, tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    model = trained("snnk_relu", base)
+    adapters.save_adapter(file, model, base_fingerprint=adapters.fingerprint(base))
+    return file, model
+
+
+@pytest.mark.parametrize("kind", list(RULES))
+def test_round_trip_from_the_plain_base(kind, base, tmp_path):
+    file = tmp_path / "a.safetensors"
+    model = trained(kind, base)
+    size = adapters.save_adapter(
+        file, model, base_fingerprint=adapters.fingerprint(base)
+    )
+    assert size == file.stat().st_size
+    before = nnx.split(base)[1]
+    loaded = adapters.load_adapter(file, base)
+    np.testing.assert_array_equal(loaded(IMAGES), model(IMAGES))
+    assert not np.allclose(loaded(IMAGES), base(IMAGES))
+    same = jax.tree.map(lambda a, b: (a == b).all(), before, nnx.split(base)[1])
+    assert jax.tree.all(same)
+
+
+@pytest.mark.parametrize("kind", list(RULES))
+def test_round_trip_into_an_adapted_model(kind, base, tmp_path):
+    file = tmp_path / "a.safetensors"
+    model = trained(kind, base)
+    adapters.save_adapter(file, model, base_fingerprint=adapters.fingerprint(base))
+    other, _ = snnk.swap_modules(base, RULES[kind], rngs=nnx.Rngs(99))
+    np.testing.assert_array_equal(
+        adapters.load_adapter(file, other)(IMAGES), model(IMAGES)
+    )
+
+
+def test_adapters_around_adapters(base, tmp_path):
+    model, _ = snnk.swap_modules(base, RULES["lora"], rngs=nnx.Rngs(1))
+    outer = [snnk.SwapRule(path=r"blocks/\d+/attention", build=snnk_build(ARC))]
+    model, _ = snnk.swap_modules(model, outer, rngs=nnx.Rngs(2))
+    model, _ = snnk.swap_modules(
+        model,
+        [snnk.SwapRule(path=r"blocks/0/attention", build=bottleneck_build)],
+        rngs=nnx.Rngs(3),
+    )
+    model = scramble(model)
+    file = tmp_path / "a.safetensors"
+    adapters.save_adapter(file, model, base_fingerprint=adapters.fingerprint(base))
+    loaded = adapters.load_adapter(file, base)
+    np.testing.assert_array_equal(loaded(IMAGES), model(IMAGES))
+
+
+def test_bitfit_saves_biases_alone(base, tmp_path):
+    pattern = r"head/.*|(.*/)?bias"
+    file = tmp_path / "a.safetensors"
+    model = scramble(nnx.clone(base), nnx.PathContains("bias"))
+    mark = adapters.fingerprint(base, exclude=pattern)
+    adapters.save_adapter(
+        file, model, base_fingerprint=mark, trained=pattern, exclude=pattern
+    )
+    assert all(name.endswith("bias") or "head" in name for name in load_file(file))
+    np.testing.assert_array_equal(
+        adapters.load_adapter(file, base)(IMAGES), model(IMAGES)
+    )
+
+
+def test_projections_are_named_by_key_unless_they_were_changed(base, tmp_path, saved):
+    file, model = saved
+    assert not any("projection" in name for name in load_file(file))
+    omega = model.blocks[0].mlp.adapter.projection.values["omega"]
+    omega[...] = 2.0 * omega[...]
+    adapters.save_adapter(file, model, base_fingerprint=adapters.fingerprint(base))
+    stored = [name for name in load_file(file) if name.endswith("omega")]
+    assert stored == ["blocks/0/mlp/adapter/projection/values/omega"]
+    loaded = adapters.load_adapter(file, base)
+    np.testing.assert_array_equal(loaded(IMAGES), model(IMAGES))
+
+
+def test_the_file_is_kilobytes_however_wide_the_projection(tmp_path):
+    wide = make_base(hidden_size=128, mlp_dim=128)
+    fm = snnk.features.ArcCosine(num_features=16)
+
+    def build(module, rngs):
+        adapter = snnk.nn.SNNKAdapter(
+            128, features=fm, modulate=False, rngs=rngs
+        )
+        return Adapted(module, adapter)
+
+    rules = [snnk.SwapRule(path=r".*/mlp", build=build)]
+    model, _ = snnk.swap_modules(wide, rules, rngs=nnx.Rngs(0))
+    size = adapters.save_adapter(
+        tmp_path / "a.safetensors",
+        model,
+        base_fingerprint=adapters.fingerprint(wide),
+    )
+    trained_bytes = 4 * (2 * 16 * 128 + 128 * 3 + 3)
+    assert size < trained_bytes + 4096
+
+
+def test_bfloat16_parameters_survive(base, tmp_path):
+    def build(module, rngs):
+        adapter = snnk.nn.SNNKAdapter(
+            16, features=ARC, param_dtype=jnp.bfloat16, rngs=rngs
+        )
+        return Adapted(module, adapter)
+
+    rules = [snnk.SwapRule(path=r".*/mlp", build=build)]
+    model, _ = snnk.swap_modules(base, rules, rngs=nnx.Rngs(0))
+    model = scramble(model)
+    file = tmp_path / "a.safetensors"
+    adapters.save_adapter(file, model, base_fingerprint=adapters.fingerprint(base))
+    loaded = adapters.load_adapter(file, base)
+    assert loaded.blocks[0].mlp.adapter.readout.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(loaded(IMAGES), model(IMAGES))
+
+
+def test_another_base_is_refused(saved):
+    file, _ = saved
+    with pytest.raises(ValueError, match="base_model must be the one the adapter was"):
+        adapters.load_adapter(file, make_base(seed=1))
+
+
+def test_another_shape_is_refused_by_name(saved, base):
+    file, _ = saved
+    other = make_base(num_classes=5)
+    with pytest.raises(ValueError, match=r"head/kernel \(16, 3\) instead of \(16, 5\)"):
+        adapters.load_adapter(file, other)
+
+
+def test_another_structure_is_refused_by_name(saved, base):
+    file, _ = saved
+    model, _ = snnk.swap_modules(base, RULES["snnk_cos"], rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="base_model must have a projection at blocks"):
+        adapters.load_adapter(file, model)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+def test_a_truncated_file_is_refused(saved, base, share):
+    file, _ = saved
+    data = file.read_bytes()
+    file.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match="adapter must be a whole safetensors file"):
+        adapters.load_adapter(file, base)
+
+
+def test_a_changed_array_is_refused(saved, base):
+    file, _ = saved
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="adapter must match its checksum"):
+        adapters.load_adapter(file, base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["base"].update(fingerprint="0" * 64),
+        lambda record: record["modules"][0].update(dim=99),
+        lambda record: record.update(generator="other"),
+    ],
+)
+def test_a_changed_header_is_refused(saved, base, change):
+    file, _ = saved
+    with safe_open(file, framework="numpy") as opened:
+        header = opened.metadata()
+    record = json.loads(header["record"])
+    change(record)
+    save_file(load_file(file), file, header | {"record": json.dumps(record)})
+    with pytest.raises(ValueError, match="adapter must match its checksum"):
+        adapters.load_adapter(file, base)
+
+
+def test_a_foreign_file_is_refused(tmp_path, base):
+    file = tmp_path / "a.safetensors"
+    save_file({"x": np.zeros(3)}, file)
+    with pytest.raises(ValueError, match="adapter must be a file of save_adapter"):
+        adapters.load_adapter(file, base)
+    with pytest.raises(FileNotFoundError, match="adapter must be an existing file"):
+        adapters.load_adapter(tmp_path / "none", base)
+
+
+def test_a_generator_that_draws_otherwise_is_noticed(saved, base, monkeypatch):
+    file, _ = saved
+    words = snnk.projections.random_bits
+    monkeypatch.setattr(
+        snnk.projections, "random_bits", lambda key, count: words(key, count)[::-1]
+    )
+    with pytest.raises(ValueError, match="must be drawn as it was"):
+        adapters.load_adapter(file, base)
+
+
+def test_non_finite_and_empty_are_not_saved(base, tmp_path):
+    file = tmp_path / "a.safetensors"
+    mark = adapters.fingerprint(base)
+    model = trained("bottleneck", base)
+    model.blocks[1].mlp.adapter.up_bias[...] = jnp.full(16, jnp.nan)
+    with pytest.raises(ValueError, match=r"blocks/1/mlp/adapter/up_bias must be finit"):
+        adapters.save_adapter(file, model, base_fingerprint=mark)
+    with pytest.raises(ValueError, match="model must have AdapterParam"):
+        adapters.save_adapter(file, base, base_fingerprint=mark, trained="none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_feature_map_that_json_cannot_hold_is_refused(base, tmp_path):
+    fm = snnk.features.URF(
+        activation=snnk.activations.get("cos", b=2.0), num_features=8
+    )
+    rules = [snnk.SwapRule(path=r".*/mlp", build=snnk_build(fm))]
+    model, _ = snnk.swap_modules(base, rules, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="settings must be names and numbers"):
+        adapters.save_adapter(
+            tmp_path / "a", model, base_fingerprint=adapters.fingerprint(base)
+        )
+
+
+def test_metadata(base, tmp_path):
+    file = tmp_path / "a.safetensors"
+    adapters.save_adapter(
+        file,
+        trained("lora", base),
+        base_fingerprint=adapters.fingerprint(base),
+        metadata={"task": "digits"},
+    )
+    assert adapters.read_metadata(file) == {"task": "digits"}
+
+
+def test_fingerprint_ignores_adapters_and_head_and_sees_the_rest(base):
+    mark = adapters.fingerprint(base)
+    assert adapters.fingerprint(trained("snnk_relu", base)) == mark
+    assert adapters.fingerprint(trained("lora", base)) == mark
+    changed = nnx.clone(base)
+    changed.norm.bias[...] = changed.norm.bias[...] + 1e-6
+    assert adapters.fingerprint(changed) != mark

@@ -1,0 +1,366 @@
+import io
+import threading
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from experiments import data as data_lib
+from experiments.data import (
+    ArraySplit,
+    Subset,
+    TrainLoader,
+    eval_batches,
+    from_float,
+    load,
+    prefetch,
+)
+
+
+def make_split(n):
+    """Examples whose label is their row."""
+    images = np.arange(n, dtype=np.uint8)[:, None, None, None] * np.ones(
+        (1, 2, 2, 3), np.uint8
+    )
+    return ArraySplit(images, np.arange(n, dtype=np.int32))
+
+
+def labels(loader, steps):
+    return np.concatenate([loader.batch(step)["label"] for step in steps])
+
+
+def test_every_epoch_is_another_permutation():
+    # 4 does not divide 10: epochs end inside batches.
+    seen = labels(TrainLoader(make_split(10), 4, seed=0), range(5))
+    epochs = seen.reshape(2, 10)
+    np.testing.assert_array_equal(np.sort(epochs), [np.arange(10)] * 2)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], np.arange(10))
+
+
+def test_batches_hold_the_images_of_their_labels():
+    batch = TrainLoader(make_split(10), 4, seed=0).batch(3)
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["label"])
+
+
+def test_a_batch_depends_on_the_step_and_the_seed_alone():
+    loader = TrainLoader(make_split(10), 4, seed=0)
+    forwards = [loader.batch(step)["label"] for step in range(6)]
+    again = TrainLoader(make_split(10), 4, seed=0)
+    backwards = [again.batch(step)["label"] for step in reversed(range(6))][::-1]
+    np.testing.assert_array_equal(forwards, backwards)
+    other = TrainLoader(make_split(10), 4, seed=1)
+    assert not np.array_equal(forwards, [other.batch(s)["label"] for s in range(6)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_shards_make_up_the_same_global_batch(count):
+    split = make_split(10)
+    expected = TrainLoader(split, 8, seed=3)
+    shards = [TrainLoader(split, 8, 3, index, count) for index in range(count)]
+    for step in range(4):
+        parts = [shard.batch(step) for shard in shards]
+        assert {len(part["label"]) for part in parts} == {8 // count}
+        for key, value in expected.batch(step).items():
+            got = np.concatenate([part[key] for part in parts])
+            np.testing.assert_array_equal(got, value)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 11])
+def test_a_batch_must_fit_the_examples(batch_size):
+    message = rf"batch_size must be in \[1, 10\].*Got {batch_size}\."
+    with pytest.raises(ValueError, match=message):
+        TrainLoader(make_split(10), batch_size, seed=0)
+
+
+def test_a_batch_must_divide_over_the_processes():
+    with pytest.raises(ValueError, match=r"divisible .* processes. Got 9 and 2"):
+        TrainLoader(make_split(10), 9, 0, process_index=0, process_count=2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("n", [1, 4, 8, 9])
+def test_evaluation_sees_every_example_once(n, count):
+    seen = []
+    for index in range(count):
+        batches = list(eval_batches(make_split(n), 4, index, count))
+        assert len(batches) == -(-n // 4)  # the same on every process
+        for batch in batches:
+            assert batch["image"].shape[0] == len(batch["weight"]) == 4 // count
+            seen.extend(batch["label"][batch["weight"] == 1.0])
+    assert sorted(seen) == list(range(n))
+
+
+def test_prefetch_keeps_the_order():
+    assert list(prefetch(lambda step: step**2, 3, 8)) == [9, 16, 25, 36, 49]
+    assert list(prefetch(lambda step: step, 3, 3)) == []
+
+
+def test_prefetch_works_ahead_and_no_further_than_asked():
+    started = threading.Semaphore(0)
+    calls = []
+
+    def load_step(step):
+        calls.append(step)
+        started.release()
+        return step
+
+    items = prefetch(load_step, 0, 100, size=2)
+    assert next(items) == 0
+    for _ in range(4):  # one taken, two in the queue, one waiting for a place
+        assert started.acquire(timeout=10)
+    assert not started.acquire(timeout=0.3)
+    assert calls == [0, 1, 2, 3]
+    items.close()
+
+
+def test_prefetch_hands_over_exceptions():
+    def load_step(step):
+        if step == 2:
+            raise OSError("disk gone")
+        return step
+
+    items = prefetch(load_step, 0, 5)
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(OSError, match="disk gone"):
+        next(items)
+    with pytest.raises(StopIteration):
+        next(items)
+
+
+def test_closing_prefetch_ends_its_thread():
+    before = threading.active_count()
+    items = prefetch(lambda step: step, 0, 1000)
+    assert next(items) == 0
+    assert threading.active_count() == before + 1
+    items.close()
+    assert threading.active_count() == before
+
+
+def test_subset_restricts_the_rows():
+    subset = Subset(make_split(10), np.array([7, 2, 5]))
+    assert len(subset) == 3
+    got = subset.__getitems__(np.array([2, 0]))
+    np.testing.assert_array_equal(got["label"], [5, 7])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (np.zeros((2, 4, 4, 3)), np.zeros(2), "images must be uint8.*Got float64"),
+        (np.zeros((2, 4, 4), np.uint8), np.zeros(2), r"images must be.*\(2, 4, 4\)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3), r"shape \(2,\). Got \(3,\)"),
+    ],
+)
+def test_array_split_errors(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        ArraySplit(images, labels)
+
+
+def test_from_float_quantises():
+    got = from_float(np.array([0.0, 8.0, 16.0]), 16.0)
+    assert got.dtype == np.uint8
+    np.testing.assert_array_equal(got, [0, 128, 255])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.0, np.nan, np.inf], "finite. Got 2 non-finite"),
+        ([-1.0, 2.0], r"lie in \[0, 16.0\]. Got \[-1.0, 2.0\]"),
+        ([0.0, 17.0], r"lie in \[0, 16.0\]. Got \[0.0, 17.0\]"),
+    ],
+)
+def test_from_float_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_float(np.array(values), 16.0)
+
+
+def test_non_finite_digits_are_refused(monkeypatch):
+    import sklearn.datasets
+
+    digits = sklearn.datasets.load_digits()
+    digits.images[3, 0, 0] = np.nan
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: digits)
+    with pytest.raises(ValueError, match=r"images must be finite. Got 1 non-finite"):
+        load("digits", image_size=8)
+
+
+@pytest.mark.parametrize("image_size", [8, 16])
+def test_digits(image_size):
+    dataset = load("digits", image_size=image_size)
+    # 1797 scans: 450 of the last writers for testing, a tenth of the rest held out.
+    assert len(dataset.test) == 450
+    assert len(dataset.val) == 135
+    assert len(dataset.train) == 1212
+    for split in (dataset.train, dataset.val, dataset.test):
+        batch = split.__getitems__(np.arange(len(split)))
+        assert batch["image"].shape[1:] == (image_size, image_size, 3)
+        assert batch["image"].dtype == np.uint8
+        assert set(batch["label"]) == set(range(dataset.num_classes))
+        assert batch["image"].max() > 200
+        assert batch["image"].min() == 0
+
+
+def test_the_cut_is_disjoint_and_seeded():
+    def rows(**options):
+        dataset = load("digits", image_size=8, **options)
+        return set(dataset.train.rows), set(dataset.val.rows)
+
+    train, val = rows()
+    assert not train & val
+    assert train | val == set(range(1347))
+    assert rows() == (train, val)
+    assert rows(split_seed=1) != (train, val)
+    smaller, same_val = rows(train_size=100)
+    assert len(smaller) == 100
+    assert smaller < train
+    assert same_val == val
+
+
+def test_subset_of_the_test_split():
+    dataset = load("digits", image_size=8, test_size=50)
+    assert len(dataset.test) == 50
+    assert len(set(dataset.test.rows)) == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "mnits"}, "data.name must be one of digits, .*tfds:NAME. Got 'mnits"),
+        ({"train_size": 1213}, "data.train_size must be at most 1212. Got 1213"),
+        ({"test_size": 451}, "data.test_size must be at most 450. Got 451"),
+        ({"val_fraction": 0.0}, "data.val_fraction .*Got 0.0 of 1347"),
+        ({"val_fraction": 1.0}, "data.val_fraction .*Got 1.0 of 1347"),
+    ],
+)
+def test_load_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        load(**({"name": "digits", "image_size": 8} | options))
+
+
+@pytest.mark.parametrize("name", ["cifar10_jpeg", "tinyimagenet32"])
+@pytest.mark.parametrize("directory", ["", "absent"])
+def test_a_missing_folder_says_what_to_pass(name, directory):
+    with pytest.raises(FileNotFoundError, match=r"Got .*--config.data.dir=FOLDER"):
+        load(name, image_size=32, directory=directory)
+
+
+def test_synthetic_classes_look_different():
+    dataset = load("synthetic", image_size=8)
+    batch = dataset.train.__getitems__(np.arange(len(dataset.train)))
+    assert set(batch["label"]) == set(range(10))
+    means = [batch["image"][batch["label"] == k].mean(0) for k in range(10)]
+    for a in range(10):
+        for b in range(a):
+            assert np.abs(means[a] - means[b]).max() > 50
+
+
+def write_npz(path, **counts):
+    """A small file in the layout of the real ones."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in counts.items():
+        files = []
+        for _ in range(n):
+            stream = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(
+                stream, "JPEG"
+            )
+            files.append(stream.getvalue())
+        arrays[f"{split}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, files)])
+        arrays[f"{split}_labels"] = rng.integers(0, 10, n)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("image_size", [32, 16])
+def test_cifar10_layout(tmp_path, image_size):
+    write_npz(tmp_path / "cifar10_q75jpeg.npz", train=20, test=5)
+    dataset = load("cifar10_jpeg", image_size=image_size, directory=str(tmp_path))
+    sizes = [len(s) for s in (dataset.train, dataset.val, dataset.test)]
+    assert sizes == [18, 2, 5]
+    batch = dataset.test.__getitems__(np.arange(5))
+    assert batch["image"].shape == (5, image_size, image_size, 3)
+    assert batch["label"].dtype == np.int32
+
+
+def test_tinyimagenet_layout(tmp_path):
+    write_npz(tmp_path / "tinyimagenet32_q75jpeg.npz", train=20, val=5)
+    dataset = load("tinyimagenet32", image_size=32, directory=str(tmp_path))
+    assert [len(s) for s in (dataset.train, dataset.val)] == [20, 5]
+    assert dataset.test is dataset.val
+    assert dataset.num_classes == 200
+
+
+@pytest.mark.slow
+def test_real_cifar10(data_dir):
+    folder = data_dir("cifar10_jpeg")
+    dataset = load("cifar10_jpeg", image_size=32, directory=str(folder))
+    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [
+        45_000,
+        5_000,
+        10_000,
+    ]
+    batch = dataset.test.__getitems__(np.arange(10_000))
+    np.testing.assert_array_equal(np.bincount(batch["label"]), [1000] * 10)
+
+
+@pytest.mark.slow
+def test_real_tinyimagenet(data_dir):
+    folder = data_dir("tinyimagenet32_jpeg")
+    dataset = load("tinyimagenet32", image_size=32, directory=str(folder))
+    assert len(dataset.train) == 100_000
+    batch = dataset.val.__getitems__(np.arange(len(dataset.val)))
+    np.testing.assert_array_equal(np.bincount(batch["label"]), [50] * 200)
+
+
+@pytest.mark.filterwarnings("default")  # tfds' own
+@pytest.mark.parametrize(("name", "image_size"), [("mnist", 16), ("cifar10", 32)])
+def test_tfds(monkeypatch, name, image_size):
+    # The mock's own __getitems__ wants a self that MagicMock does not pass (4.9.10).
+    monkeypatch.setattr(
+        "tensorflow_datasets.testing.mocking._getitems",
+        lambda keys, generator: [generator[key] for key in keys],
+    )
+    with tfds.testing.mock_data(num_examples=20):
+        dataset = load(f"tfds:{name}", image_size=image_size)
+        assert (len(dataset.train), len(dataset.val)) == (18, 2)
+        assert dataset.num_classes == 10
+        batch = TrainLoader(dataset.train, 4, seed=0).batch(0)
+        assert batch["image"].shape == (4, image_size, image_size, 3)
+        assert batch["image"].dtype == np.uint8
+        assert batch["label"].dtype == np.int32
+        (evaluated, *_) = eval_batches(dataset.val, 4)
+        assert evaluated["image"].shape == (4, image_size, image_size, 3)
+        np.testing.assert_array_equal(evaluated["weight"], [1, 1, 0, 0])
+
+
+@pytest.mark.filterwarnings("default")  # tfds' own
+def test_tfds_that_is_not_prepared_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must be prepared as array_record"):
+        load("tfds:mnist", image_size=28, directory=str(tmp_path))
+
+
+class Listing:
+    """A split as tfds makes them: a list of examples for a list of ints."""
+
+    def __init__(self, image):
+        self.image = image
+
+    def __len__(self):
+        return 2
+
+    def __getitems__(self, keys):
+        if not keys:  # an array would raise here, as in tfds
+            return []
+        return [{"image": self.image, "label": np.int64(key)} for key in keys]
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 1), (6, 4, 3), (5, 5, 1), (5, 5, 3)])
+def test_resized_makes_rgb_squares(shape):
+    split = data_lib.Resized(Listing(np.full(shape, 7, np.uint8)), 5)
+    batch = split.__getitems__(np.array([1, 0]))
+    np.testing.assert_array_equal(batch["image"], np.full((2, 5, 5, 3), 7))
+    np.testing.assert_array_equal(batch["label"], [1, 0])
