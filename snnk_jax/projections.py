@@ -54,7 +54,8 @@ def random_bits(words: UInt32[Array, "2"], count: int) -> UInt32[Array, "2 count
     Example:
       >>> import jax.numpy as jnp
       >>> from snnk_jax import projections
-      >>> [hex(int(x)) for x in projections.random_bits(jnp.zeros(2, "uint32"), 1)[:, 0]]
+      >>> words = projections.random_bits(jnp.zeros(2, "uint32"), 1)
+      >>> [hex(int(word)) for word in words[:, 0]]
       ['0x6b200159', '0x99ba4efe']
     """
     parity = words[0] ^ words[1] ^ jnp.uint32(0x1BD11BDA)

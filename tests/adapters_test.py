@@ -162,9 +162,7 @@ def test_the_file_is_kilobytes_however_wide_the_projection(tmp_path):
     fm = snnk.features.ArcCosine(num_features=16)
 
     def build(module, rngs):
-        adapter = snnk.nn.SNNKAdapter(
-            128, features=fm, modulate=False, rngs=rngs
-        )
+        adapter = snnk.nn.SNNKAdapter(128, features=fm, modulate=False, rngs=rngs)
         return Adapted(module, adapter)
 
     rules = [snnk.SwapRule(path=r".*/mlp", build=build)]

@@ -8,6 +8,9 @@ from snnk_jax.nn._projection import Projection, projection_key
 from snnk_jax.ops import contract
 from snnk_jax.typing import Array, Dtype, Float
 
+_READOUT_INIT = nnx.initializers.lecun_normal()
+_BIAS_INIT = nnx.initializers.zeros_init()
+
 
 class SNNKDense(nnx.Module):
     r"""Drop-in for Linear and activation: :math:`y = \Phi(x)\Psi + b`.
@@ -53,8 +56,8 @@ class SNNKDense(nnx.Module):
         use_bias: bool = True,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        readout_init: nnx.Initializer = nnx.initializers.lecun_normal(),
-        bias_init: nnx.Initializer = nnx.initializers.zeros_init(),
+        readout_init: nnx.Initializer = _READOUT_INIT,
+        bias_init: nnx.Initializer = _BIAS_INIT,
         rngs: nnx.Rngs,
     ):
         self.in_features = in_features

@@ -56,9 +56,7 @@ def test_the_projection_gets_no_gradient_where_everything_is_differentiated(laye
 
 
 def test_from_linear_is_the_estimate_of_the_dense_layer():
-    linear = nnx.Linear(
-        6, 3, rngs=nnx.Rngs(0), bias_init=nnx.initializers.normal(0.5)
-    )
+    linear = nnx.Linear(6, 3, rngs=nnx.Rngs(0), bias_init=nnx.initializers.normal(0.5))
     fm = snnk.features.URF(activation="cos", num_features=60_000, scale=1.0)
     layer = snnk.nn.SNNKDense.from_linear(linear, features=fm, rngs=nnx.Rngs(1))
     x = 0.3 * jax.random.normal(jax.random.key(0), (7, 6))
@@ -100,9 +98,7 @@ def test_dtype_computes_and_param_dtype_stores(dtype):
     layer = snnk.nn.SNNKDense(12, 5, features=fm, dtype=dtype, rngs=nnx.Rngs(0))
     assert layer(jnp.ones((4, 12))).dtype == dtype
     assert layer.readout.dtype == jnp.float32
-    stored = snnk.nn.SNNKDense(
-        12, 5, features=fm, param_dtype=dtype, rngs=nnx.Rngs(0)
-    )
+    stored = snnk.nn.SNNKDense(12, 5, features=fm, param_dtype=dtype, rngs=nnx.Rngs(0))
     assert stored.readout.dtype == stored.projection.values["omega"].dtype == dtype
 
 

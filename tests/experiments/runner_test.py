@@ -1,0 +1,115 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments import load_config
+from experiments.runner import run
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+QUICK = "configs/vit_adapter.py:quicktest"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_quicktest_of_every_config(name, tmp_path):
+    config = load_config(f"configs/{name}.py:quicktest", {"export": ""})
+    results = run(config, tmp_path)
+    assert [result["method"] for result in results] == list(config.methods)
+    for file in ("config.json", "env.json", "report.md", "results.json"):
+        assert (tmp_path / file).stat().st_size > 0
+    for result in results:
+        folder = pathlib.Path(result["workdir"])
+        assert (folder / "metrics.jsonl").is_file()
+        assert (
+            result["adapter_bytes"] == (folder / "adapter.safetensors").stat().st_size
+        )
+    png = (tmp_path / "accuracy.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+def test_a_sweep_picks_a_rate_and_does_not_repeat_finished_runs(tmp_path):
+    config = load_config(
+        QUICK,
+        {
+            "methods": ("snnk_relu",),
+            "seeds": (0, 1),
+            "sweep.learning_rates": (1e-3, 1e-2),
+        },
+    )
+    results = run(config, tmp_path)
+    rates = json.loads((tmp_path / "sweep.json").read_text())
+    assert rates["snnk_relu"] in (1e-3, 1e-2)
+    assert {result["recipe"]["learning_rate"] for result in results} == set(
+        rates.values()
+    )
+    chosen = json.loads(
+        (tmp_path / f"sweep/snnk_relu-lr{rates['snnk_relu']:g}/result.json").read_text()
+    )
+    assert chosen["split"] == "val"
+    row = json.loads((tmp_path / "results.json").read_text())["table"][0]
+    accuracies = [result["accuracy"] for result in results]
+    assert row["seeds"] == 2
+    assert (row["low"], row["high"]) == (min(accuracies), max(accuracies))
+
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    again = run(config, tmp_path)
+    assert [result["accuracy"] for result in again] == accuracies
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")} == stamps
+
+
+def test_a_workdir_of_other_settings_is_refused(tmp_path):
+    run(load_config(QUICK, {"methods": ("linear_probe",)}), tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = load_config(QUICK, {"methods": ("linear_probe",), "optim.steps": 3})
+    with pytest.raises(ValueError, match=r"whose config differs in optim\.steps"):
+        run(other, tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_an_export_can_be_fine_tuned(tmp_path):
+    weights = tmp_path / "vit.safetensors"
+    run(
+        load_config("configs/vit_pretrain.py:quicktest", {"export": str(weights)}),
+        tmp_path / "pretrain",
+    )
+    config = load_config(
+        QUICK, {"methods": ("snnk_cos",), "model.weights": str(weights)}
+    )
+    (result,) = run(config, tmp_path / "adapter")
+    assert result["counts"]["trained"] == 2 * 17 * 16
+
+
+def command_line(*arguments, timeout=240):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.main", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.optim.stepz=3"], "Did you mean"),
+        (["--config.methods=snnk_reul"], "error: config.methods must be among"),
+        (["--config.data.name=cifar10_jpeg"], "error: data.dir must be a folder that"),
+        (["--config.data.name=nothing"], "error: data.name must be one of digits"),
+        (["--config.model.weights=none"], "error: weights must be an existing file"),
+        (["--config.optim.batch_size=4096"], "error: batch_size must be in"),
+    ],
+)
+@pytest.mark.slow
+def test_a_mistake_on_the_command_line_is_one_clear_line(arguments, message, tmp_path):
+    done = command_line(f"--config={QUICK}", f"--workdir={tmp_path / 'w'}", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not list(tmp_path.rglob("checkpoints"))
+    if message.startswith("error:"):
+        assert "Traceback" not in done.stderr

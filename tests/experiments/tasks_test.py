@@ -1,0 +1,117 @@
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import load_config, summary, tasks
+from experiments.train import normalise
+
+CONFIG = load_config("configs/vit_adapter.py", {"model.weights": ""})
+DIM, DEPTH, CLASSES = 128, 6, 10
+HEAD = DIM * CLASSES + CLASSES
+
+
+def shapes(method):
+    def build():
+        rngs = nnx.Rngs(0)
+        base = tasks.build_model(CONFIG, CLASSES, rngs)
+        return tasks.METHODS[method].adapt(base, CONFIG, rngs)
+
+    return nnx.eval_shape(build)
+
+
+def bottleneck(r):
+    return 2 * DIM * r + r + DIM
+
+
+# Trained parameters without the head, by formula.
+TRAINED = {
+    "linear_probe": 0,
+    "houlsby": 2 * DEPTH * bottleneck(48),
+    "houlsby_slim": 2 * DEPTH * bottleneck(8),
+    "pfeiffer": DEPTH * bottleneck(48),
+    "lora": 2 * DEPTH * 2 * DIM * 8,
+    "bitfit": DIM + DEPTH * (4 * DIM + 512 + DIM + 2 * DIM) + DIM,
+    "snnk_relu": 2 * DEPTH * (16 + 1) * DIM,
+    "snnk_cos": 2 * DEPTH * (16 + 1) * DIM,
+}
+
+
+@pytest.mark.parametrize("method", list(TRAINED))
+def test_trained_parameters(method):
+    counts = summary.count(shapes(method), tasks.METHODS[method].trainable)
+    assert counts.trained == TRAINED[method]
+    assert counts.head == HEAD
+
+
+@pytest.mark.parametrize("method", ["full", "scratch"])
+def test_everything_is_trained(method):
+    counts = summary.count(shapes(method), tasks.METHODS[method].trainable)
+    assert counts.frozen == 0
+    assert counts.trained > 1_000_000
+
+
+def test_every_method_is_counted_here():
+    assert set(TRAINED) | {"full", "scratch"} == set(tasks.METHODS)
+
+
+def test_snnk_trains_a_fifth_of_houlsby():
+    assert 5 * TRAINED["snnk_relu"] <= TRAINED["houlsby"]
+
+
+@pytest.mark.parametrize("method", list(tasks.METHODS))
+def test_the_model_is_unchanged_at_the_start(method):
+    config = load_config("configs/vit_adapter.py:quicktest")
+    rngs = nnx.Rngs(0)
+    base = tasks.build_model(config, 10, rngs)
+    base.head.kernel[...] = jax.random.normal(jax.random.key(1), (16, 10))
+    images = normalise(jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 255))
+    model = tasks.METHODS[method].adapt(base, config, rngs)
+    np.testing.assert_array_equal(model(images), base(images))
+
+
+def test_parameter_table_adds_up():
+    model = shapes("snnk_cos")
+    trainable = tasks.METHODS["snnk_cos"].trainable
+    rows = summary.groups(model, trainable)
+    counts = summary.count(model, trainable)
+    assert sum(total for _, total, _ in rows) == counts.total
+    assert sum(trained for *_, trained in rows) == counts.trained + counts.head
+    text = summary.parameter_table(model, trainable)
+    assert f"{counts.total:,}" in text
+    assert f"head {HEAD:,}" in text
+
+
+def test_cost_counts_the_bytes_and_the_operations():
+    config = load_config("configs/vit_adapter.py:quicktest")
+    from experiments.runner import recipe_for
+
+    model = tasks.build_model(config, 10, nnx.Rngs(0))
+    recipe = recipe_for(config, 1e-3, 0, "test")
+    batch = {
+        "image": np.zeros((16, 32, 32, 3), np.uint8),
+        "label": np.zeros(16, np.int32),
+    }
+    cost = summary.cost(model, nnx.Param, recipe, batch)
+    parameters = summary.count(model, nnx.Param).total
+    assert cost["gradient_bytes"] == 4 * parameters
+    assert 12 * parameters <= cost["state_bytes"] < 12 * parameters + 64
+    # Forward and backward of the patch and feed-forward products alone.
+    products = 16 * 64 * 2 * (48 * 16 + 4 * 16 * 16 + 2 * 16 * 32)
+    assert 2 * products < cost["flops"] < 20 * products
+
+
+def test_a_preset_and_mixed_precision():
+    config = load_config(
+        "configs/vit_adapter.py",
+        {
+            "model.weights": "",
+            "model.preset": "Ti/16",
+            "model.image_size": 224,
+            "model.dtype": "bfloat16",
+        },
+    )
+    model = nnx.eval_shape(lambda: tasks.build_model(config, 10, nnx.Rngs(0)))
+    assert model.config.hidden_size == 192
+    assert model.head.kernel.dtype == np.float32
+    assert model.dtype == "bfloat16"
