@@ -54,8 +54,8 @@ jax.devices()
 
 # %% [markdown]
 # ## Data and base model
-# The digits ship inside scikit-learn, the ViT inside this repository. Its new head starts
-# at zero.
+# The digits ship inside scikit-learn, the ViT inside this repository. Its new head
+# starts at zero.
 
 # %%
 digits = data.load("digits", image_size=32, val_fraction=0.2)
@@ -69,9 +69,9 @@ for axis, image, label in zip(axes, sample["image"], sample["label"], strict=Tru
 
 # %% [markdown]
 # ## Adapters by rules
-# Behind every attention and feed-forward block stands a frozen random feature map Φ and
-# one trained matrix Ψ: y = x + v ⊙ Φ(x)Ψ. Ψ starts at zero, so the model is unchanged at
-# first. `swap_modules` works on a clone and reports what it replaced.
+# Behind every attention and feed-forward block stands a frozen random feature map Φ
+# and one trained matrix Ψ: y = x + v ⊙ Φ(x)Ψ. Ψ starts at zero, so the model is
+# unchanged at first. `swap_modules` works on a clone and reports what it replaced.
 
 # %%
 features = snnk.features.ArcCosine(num_features=16)

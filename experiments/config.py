@@ -1,8 +1,8 @@
 """Configs: the common base, loading from a file, and checks before device work."""
 
 import difflib
-import importlib.util
 import pathlib
+import runpy
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,11 +112,7 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
         path = root / filename
     if not path.is_file():
         raise ValueError(f"a config must be an existing file. Got {filename!r}.")
-    loader = importlib.util.spec_from_file_location(f"_config_{path.stem}", path)
-    assert loader is not None and loader.loader is not None
-    module = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(module)
-    config = module.get_config(arg)
+    config = runpy.run_path(str(path))["get_config"](arg)
     config.lock()
     for key, value in (overrides or {}).items():
         _override(config, key, value)
@@ -127,6 +123,7 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
 def _override(config: ConfigDict, dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     node: Any = config
+    parent = config
     for name in (*parents, last):
         if not isinstance(node, ConfigDict) or name not in node:
             keys = list(node) if isinstance(node, ConfigDict) else []

@@ -13,7 +13,7 @@ import itertools
 import pathlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -188,7 +188,7 @@ def _digits(directory: str, image_size: int):
     """scikit-learn's 8x8 scans of handwritten digits: 1797 images, 10 classes."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = _resize(from_float(digits.images, 16.0)[..., None], image_size)
     images = np.repeat(images, 3, axis=-1)
     labels = digits.target.astype(np.int32)
@@ -294,7 +294,7 @@ def _tfds(name: str, directory: str) -> tuple[Split, Split, int]:
     if directory:
         options["data_dir"] = directory
     try:
-        train, test = tfds.data_source(name, split=["train", "test"], **options)
+        splits: Any = tfds.data_source(name, split=["train", "test"], **options)
     except Exception as error:
         raise FileNotFoundError(
             f"data.name=tfds:{name} must be prepared as array_record first. Once, on a "
@@ -302,6 +302,7 @@ def _tfds(name: str, directory: str) -> tuple[Split, Split, int]:
             f'"import tensorflow_datasets as tfds; tfds.data_source({name!r})". '
             f"Got {type(error).__name__}: {error}"
         ) from error
+    train, test = splits
     return train, test, train.dataset_info.features["label"].num_classes
 
 
@@ -373,7 +374,7 @@ def eval_batches(
 
 def prefetch(
     load: Callable[[int], Any], start: int, stop: int, size: int = 2
-) -> Iterator[Any]:
+) -> Generator[Any]:
     """Yields ``load(start) ... load(stop - 1)``, computed ahead by one thread."""
     results: queue.Queue = queue.Queue(maxsize=size)
     stopped = threading.Event()

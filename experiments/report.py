@@ -55,7 +55,7 @@ _HEADER = (
 
 def markdown_table(table: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown, columns padded so that it reads as text too."""
-    lines = [_HEADER]
+    lines: list[tuple[str, ...]] = [_HEADER]
     for row in table:
         spread = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
         lines.append(

@@ -93,6 +93,7 @@ def run(
         if chief:
             write_json(workdir / "sweep.json", rates)
     results = []
+    model = base
     for method in methods_of(config):
         for seed in config.seeds:
             name = f"{method}-lr{rates[method]:g}-seed{seed}"

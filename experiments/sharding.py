@@ -34,7 +34,7 @@ def mesh_shape(
 
 
 def make_mesh(
-    axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None
+    axes: Sequence[tuple[str, int]], devices: Sequence[Any] | None = None
 ) -> Mesh:
     """Builds a mesh with automatic axes, on all devices unless some are given."""
     devices = jax.devices() if devices is None else devices

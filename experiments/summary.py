@@ -61,7 +61,7 @@ def groups(model: nnx.Module, trainable: Any) -> list[tuple[str, int, int]]:
             row = rows.setdefault(name, [0, 0])
             row[0] += int(np.prod(variable.shape))
             row[1] += int(np.prod(variable.shape)) * trained
-    return [(name, *row) for name, row in rows.items()]
+    return [(name, total, trained) for name, (total, trained) in rows.items()]
 
 
 def parameter_table(model: nnx.Module, trainable: Any) -> str:

@@ -202,7 +202,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 def split_model(model: nnx.Module, trainable: Any) -> tuple[Any, Any, Any, Any]:
     """Splits into graph, trainable state, projections, and all else that is frozen."""
-    return nnx.split(model, trainable, RandomProjection, ...)
+    graphdef, *states = nnx.split(model, trainable, RandomProjection, ...)
+    params, projections, frozen = states
+    return graphdef, params, projections, frozen
 
 
 def make_init(

@@ -82,10 +82,10 @@ class URF(FeatureMap):
 
     def init(self, key: PRNGKeyArray, dim: int, dtype: Dtype = jnp.float32) -> Params:
         """Draws ``omega``; see :class:`FeatureMap`."""
-        scale = dim**-0.25 if self.scale is None else self.scale
         omega = projections.draw(
             self.projection, key, self.num_features // 2, dim, dtype
         )
+        scale = dim**-0.25 if self.scale is None else self.scale
         return {"omega": omega, "scale": jnp.asarray(scale, dtype)}
 
     def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:

@@ -108,7 +108,8 @@ class ViTConfig:
                 "preset must be SIZE/PATCH with SIZE one of "
                 f"{', '.join(_PRESETS)}. Got {name!r}."
             )
-        return cls(**(_PRESETS[size] | {"patch_size": int(patch)} | overrides))
+        fields: dict[str, Any] = {**_PRESETS[size], "patch_size": int(patch)}
+        return cls(**(fields | overrides))
 
     @property
     def image_shape(self) -> tuple[int, int]:
