@@ -24,6 +24,9 @@ def base() -> ConfigDict:
             "eval_split": "test",
             # Return the best evaluation's parameters instead of the last step's.
             "keep_best": False,
+            # Another workdir of the same settings: a run without a checkpoint of its
+            # own goes on from the one there.
+            "resume": "",
             # Write the trained model to this safetensors file, in half precision.
             "export": "",
             # Learning rates tried on the validation split before the seeds; () uses

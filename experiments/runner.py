@@ -22,7 +22,7 @@ from experiments.metrics import write_json
 from snnk_jax.models.vit_params import save_vit
 
 # Settings that choose which runs are done and how they are reported, not their result.
-_FREE = ("methods", "seeds", "export", "log")
+_FREE = ("methods", "seeds", "export", "resume", "log")
 
 
 def recipe_for(
@@ -65,6 +65,10 @@ def run(
     """
     check(config)
     workdir = pathlib.Path(workdir)
+    if config.resume and not pathlib.Path(config.resume).is_dir():
+        raise ValueError(
+            f"config.resume must be the workdir of a run. Got {config.resume!r}."
+        )
     _claim(workdir, config)
     dataset = data_lib.load(
         config.data.name,
@@ -85,7 +89,7 @@ def run(
 
     def one(method: str, rate: float, seed: int, split: str, name: str) -> Any:
         recipe = recipe_for(config, rate, seed, split)
-        return _run_one(config, base, dataset, mesh, method, recipe, workdir / name)
+        return _run_one(config, base, dataset, mesh, method, recipe, workdir, name)
 
     rates = {name: config.optim.learning_rates.get(name) for name in methods_of(config)}
     if config.sweep.learning_rates:
@@ -145,10 +149,13 @@ def _run_one(
     mesh: jax.sharding.Mesh,
     method: str,
     recipe: train.Recipe,
-    workdir: pathlib.Path,
+    root: pathlib.Path,
+    name: str,
 ) -> tuple[Any, dict[str, Any]]:
     task = tasks.METHODS[method]
+    workdir = root / name
     chief = jax.process_index() == 0
+    earlier = pathlib.Path(config.resume) / name
     rngs = nnx.Rngs(params=recipe.seed, projection=recipe.seed)
     model = task.adapt(base, config, rngs)
     counts = summary.count(model, task.trainable)
@@ -174,6 +181,7 @@ def _run_one(
         name=workdir.name,
         keep=config.log.keep,
         keep_best=config.keep_best,
+        resume=earlier if config.resume and earlier.is_dir() else None,
     )
     result |= {
         "method": method,

@@ -265,6 +265,7 @@ def fit(
     name: str = "train",
     keep: int = 2,
     keep_best: bool = False,
+    resume: str | pathlib.Path | None = None,
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Trains the parameters that ``trainable`` selects and evaluates them.
 
@@ -282,6 +283,8 @@ def fit(
       name: shown beside the progress.
       keep: checkpoints kept on disk.
       keep_best: return the parameters of the best evaluation, not of the last step.
+      resume: ``workdir`` of an earlier run of the same recipe, to go on from while
+        this one has no checkpoint of its own.
 
     Returns:
       The trained model and its result: final metrics, best metric, seconds.
@@ -329,17 +332,23 @@ def fit(
         extra = {} if best_params is None else {"best_params": best_params}
         return state | {"projections": projections} | extra
 
-    if checkpoints.latest_step() is not None:
+    source = checkpoints
+    if resume is not None and checkpoints.latest_step() is None:
+        source = Checkpoints(pathlib.Path(resume) / "checkpoints", keep)
+    if source.latest_step() is not None:
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             saved(state, best_params),
         )
         try:
-            restored, record = checkpoints.restore(target)
+            restored, record = source.restore(target)
             _check_recipe(record["recipe"], recipe, workdir)
         except ValueError:
             checkpoints.close()
             raise
+        finally:
+            if source is not checkpoints:
+                source.close()
         projections = restored.pop("projections")
         best_params = restored.pop("best_params", None)
         state, best, seconds = restored, record["best"], record["seconds"]

@@ -128,7 +128,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(
-    activation: str | Activation | Callable[[Array], Array], **parameters: float
+    activation: str | Activation | Callable[[Array], Array], **parameters: float | bool
 ) -> Activation:
     r"""Returns the row of an activation.
 

@@ -95,8 +95,9 @@ def test_rows_hash_by_value(name):
 def test_waves_hash_by_value():
     row = snnk.activations.get("sin", a=2.0, b=3.0)
     assert row == snnk.activations.get("sin", a=2.0, b=3.0)
-    assert hash(row) == hash(copy.deepcopy(row)) == hash(pickle.loads(pickle.dumps(row)))
-    assert row == copy.deepcopy(row) == pickle.loads(pickle.dumps(row))
+    for twin in (copy.deepcopy(row), pickle.loads(pickle.dumps(row))):
+        assert twin == row
+        assert hash(twin) == hash(row)
     assert row != snnk.activations.get("sin", a=2.0, b=3.5)
     assert row.atoms == (Atom(3.0, 2.0, -np.pi / 2),)
     assert snnk.activations.get("gelu", approximate=True) != snnk.activations.get(

@@ -69,9 +69,7 @@ def test_dense_keeps_the_dtype_of_its_inputs():
 
 @pytest.mark.parametrize("activation", ["cos", "sin"])
 def test_dense_estimates_the_layer(activation):
-    features = snnk.features.URF(
-        activation=activation, num_features=2**14, scale=1.0
-    )
+    features = snnk.features.URF(activation=activation, num_features=2**14, scale=1.0)
     params = features.init(jax.random.key(0), 8)
     x, kernel, bias = 0.2 * normal(5, 8), 0.2 * normal(8, 3, seed=1), normal(3, seed=2)
     y = snnk.snnk_dense(features, params, x, kernel, bias)
@@ -82,7 +80,9 @@ def test_dense_estimates_the_layer(activation):
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_shapes_are_refused():
     for phi, psi in [((2, 3), (4, 5)), ((), (1, 2)), ((2, 3), (3,)), ((3,), (2, 3, 4))]:
-        with pytest.raises(ValueError, match=r"phi must be \[..., m\] and psi \[m, o\]"):
+        with pytest.raises(
+            ValueError, match=r"phi must be \[..., m\] and psi \[m, o\]"
+        ):
             snnk.contract(jnp.ones(phi), jnp.ones(psi))
     features = snnk.features.URF(num_features=8)
     params = features.init(jax.random.key(0), 4)

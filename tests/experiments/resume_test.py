@@ -41,13 +41,15 @@ def start(root, workdir):
 
 
 def run_folder(workdir):
-    return workdir / "scratch-seed0"
+    (folder,) = workdir.glob("scratch-*")
+    return folder
 
 
 def losses(workdir):
     return {
         row["step"]: row["train/loss"]
-        for row in read_jsonl(run_folder(workdir) / "metrics.jsonl")
+        for path in workdir.glob("scratch-*/metrics.jsonl")
+        for row in read_jsonl(path)
         if "train/loss" in row
     }
 

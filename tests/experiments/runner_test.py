@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from experiments import load_config
+from experiments.metrics import read_jsonl
 from experiments.runner import run
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -67,6 +68,21 @@ def test_a_workdir_of_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"whose config differs in optim\.steps"):
         run(other, tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_goes_on_from_another_workdir(tmp_path):
+    (first,) = run(load_config(QUICK, {"methods": ("snnk_relu",)}), tmp_path / "a")
+    config = load_config(
+        QUICK, {"methods": ("snnk_relu",), "resume": str(tmp_path / "a")}
+    )
+    (second,) = run(config, tmp_path / "b")
+    assert second["loss"] == first["loss"]
+    rows = read_jsonl(pathlib.Path(second["workdir"]) / "metrics.jsonl")
+    assert not any("train/loss" in row for row in rows)
+    config = load_config(QUICK, {"resume": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match="config.resume must be the workdir of a run"):
+        run(config, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_an_export_can_be_fine_tuned(tmp_path):

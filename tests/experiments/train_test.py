@@ -43,18 +43,9 @@ def make_vit(seed=0, **options):
         image_size=8,
         patch_size=4,
         num_classes=10,
-        pool="mean",
-        **({"patch_dropout": 0.5, "dropout_rate": 0.1} | options),
+        **({"pool": "mean", "patch_dropout": 0.5, "dropout_rate": 0.1} | options),
     )
     return ViT(config, rngs=nnx.Rngs(seed))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def standard_promotion():
-    """Optax promotes inside; set for all threads, which a context manager does not."""
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -233,12 +224,12 @@ def test_step_metrics(dataset):
 
 
 def test_training_learns_and_leaves_the_model_alone(fit, tmp_path):
-    model = make_vit(patch_dropout=0.0, dropout_rate=0.0)
+    model = make_vit(pool="cls", patch_dropout=0.0, dropout_rate=0.0)
     before = nnx.clone(model)
     # No flips: the corner tells the class.
     recipe = dataclasses.replace(
         RECIPE,
-        steps=100,
+        steps=150,
         learning_rate=2e-2,
         augment="none",
         eval_every=0,
@@ -246,7 +237,7 @@ def test_training_learns_and_leaves_the_model_alone(fit, tmp_path):
     )
     trained, result = fit(recipe, model=model)
     assert_same(model, before)
-    assert result["accuracy"] > 0.4  # guessing: 0.1
+    assert result["accuracy"] > 0.6  # guessing: 0.1
     assert result["loss"] < np.log(10)
     assert losses(tmp_path / "run")[1] == pytest.approx(np.log(10), rel=1e-5)
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result

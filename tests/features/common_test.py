@@ -233,9 +233,9 @@ def test_equal_maps_compile_once(case):
 @each_dtype
 def test_dtype_in_is_dtype_out(case, dtype):
     with x64(dtype):
-        features, params, x, kernel, bias = setup(case, dtype)
+        features, same_params, x, kernel, bias = setup(case, dtype)
         float32_params = features.init(jax.random.key(3), DIM)
-        for params in (params, float32_params):
+        for params in (same_params, float32_params):
             phi = features.phi(params, x)
             psi = features.psi(params, kernel, bias)
             layer = snnk.snnk_dense(features, params, x, kernel, bias)
