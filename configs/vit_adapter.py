@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = base()
     config.name = "vit_adapter" + (f"_{arg}" if arg else "")
     config.methods = _METHODS
-    config.model.update(weights="assets/vit_tin32.safetensors", image_size=32)
+    config.model.update(weights="assets/vit_tin32.safetensors", image_size=16)
     config.adapter.update(num_features=16, bottleneck=48, lora_rank=8)
     config.data.update(name="digits", augment="crop", val_fraction=0.2)
     config.optim.update(
@@ -53,23 +53,24 @@ def get_config(arg: str = "") -> ConfigDict:
             "full": 1e-3,
         },
         batch_size=64,
-        steps=120,
-        warmup_steps=12,
+        steps=300,
+        warmup_steps=20,
         weight_decay=1e-4,
     )
-    config.log.update(log_every=10, eval_every=60, checkpoint_every=60)
+    config.log.update(log_every=10, eval_every=100, checkpoint_every=100)
     if arg == "sweep":
         config.methods = _ALL_METHODS
         config.seeds = (0, 1, 2)
-        config.sweep.learning_rates = (1e-3, 3e-3, 1e-2, 3e-2)
+        config.sweep.learning_rates = (1e-3, 5e-3, 2e-2, 1e-1)
     elif arg in ("cifar10", "cifar100", "cifar10_jpeg"):
         config.data.name = arg if arg == "cifar10_jpeg" else f"tfds:{arg}"
+        config.model.image_size = 32
         config.data.augment = "crop_flip"
         config.optim.update(steps=2000, warmup_steps=100, batch_size=128)
         config.log.update(log_every=20, eval_every=500, checkpoint_every=250)
     elif arg == "quicktest":
         config.model.update(
-            weights="", hidden_size=16, depth=1, num_heads=2, mlp_dim=32
+            weights="", image_size=32, hidden_size=16, depth=1, num_heads=2, mlp_dim=32
         )
         config.data.update(name="synthetic")
         config.optim.update(batch_size=16, steps=2, warmup_steps=1)

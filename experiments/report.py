@@ -110,7 +110,9 @@ def write(
             points = [(line["step"], line[key]) for line in logged if key in line]
             if points:
                 panel[result["title"]] = points
-    plots.curves(workdir / "curves.png", {k: v for k, v in panels.items() if v})
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if panels:  # a run that had finished elsewhere logged nothing here
+        plots.curves(workdir / "curves.png", panels)
     plots.accuracy_against_parameters(workdir / "accuracy.png", table)
     write_atomic(
         workdir / "results.json", json.dumps({"table": table}, indent=2) + "\n"
@@ -121,7 +123,7 @@ def write(
         f"Accuracy on the {split} split. " + " ".join(notes),
         text,
         "![accuracy against trained parameters](accuracy.png)",
-        "![curves](curves.png)",
+        *(["![curves](curves.png)"] if panels else []),
         "Environment: "
         + ", ".join(f"{name} {value}" for name, value in environment.items())
         + ".",
