@@ -35,6 +35,10 @@ class Checkpoints:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes agreed to stop after this step, on a SIGTERM to any."""
+        return self._manager.reached_preemption(step)
+
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts saving; returns before the files are written."""
         record = record | {"digest": digest(state)}

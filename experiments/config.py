@@ -210,6 +210,10 @@ def check(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.{key} must be one of {', '.join(choices)}. Got {value(key)!r}."
             )
+    if "data" not in dict(config.mesh.axes):
+        raise ValueError(
+            f"config.mesh.axes must name an axis 'data'. Got {config.mesh.axes}."
+        )
     if config.optim.warmup_steps >= config.optim.steps:
         raise ValueError(
             "config.optim.warmup_steps must be less than optim.steps. "

@@ -22,7 +22,7 @@ from experiments.metrics import write_json
 from snnk_jax.models.vit_params import save_vit
 
 # Settings that choose which runs are done and how they are reported, not their result.
-_FREE = ("methods", "seeds", "export", "resume", "log")
+_FREE = ("methods", "seeds", "sweep", "export", "resume", "log")
 
 
 def recipe_for(

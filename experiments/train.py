@@ -182,10 +182,17 @@ def make_eval_step(graphdef: Any) -> Callable[..., dict[str, jax.Array]]:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into a flag that the loop reads between steps."""
+def stop_requests(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
+    """Turns SIGTERM into an answer that the loop asks for after each step.
+
+    Several processes must stop after the same step: there JAX's own handler takes the
+    signal and Orbax agrees on the step.
+    """
+    if jax.process_count() > 1:
+        yield checkpoints.reached_preemption
+        return
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # a notebook's worker cannot handle signals
+        yield lambda step: False  # a notebook's worker cannot handle signals
         return
     stopped = False
 
@@ -195,7 +202,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     previous = signal.signal(signal.SIGTERM, request)
     try:
-        yield lambda: stopped
+        yield lambda step: stopped
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -398,13 +405,13 @@ def fit(
         recipe.steps,
     )
     try:
-        with stop_requests() as stop_requested, contextlib.closing(batches):
+        with stop_requests(checkpoints) as stop_requested, contextlib.closing(batches):
             last_good = start
             clock = time.monotonic()
             for step, batch in enumerate(batches, start + 1):
                 state, metrics = train_step(state, projections, frozen, batch)
                 last = step == recipe.steps
-                stopping = stop_requested()
+                stopping = stop_requested(step)
                 saving = last or stopping or _due(step, recipe.checkpoint_every)
                 evaluating = last or _due(step, recipe.eval_every)
                 if saving or evaluating or last or _due(step, recipe.log_every):

@@ -29,7 +29,8 @@ class URF(FeatureMap):
     The variance with independent directions is
     :math:`\tfrac{1}{m}\left[ e^{P+Q} + e^{Q-P}\cos(4 s w^\top x + 2\beta) \right]
     - \tfrac{2}{m}\cos^2(s w^\top x + \beta)` with
-    :math:`P = s^2 c^2\lVert x\rVert^2`, :math:`Q = \lVert w\rVert^2 / c^2`. The best
+    :math:`P = s^2 c^2\lVert x\rVert^2`, :math:`Q = \lVert w\rVert^2 / c^2`, times
+    :math:`a^2`. The best
     scale is :math:`c^2 = \lVert w\rVert / (s \lVert x\rVert)`; then
     :math:`P + Q = 2\kappa`, :math:`\kappa = s \lVert x\rVert \lVert w\rVert`, and m
     must grow like :math:`e^{2\kappa}`: the map serves small :math:`\kappa`.

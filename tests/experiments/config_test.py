@@ -72,6 +72,7 @@ def test_methods_with_commas_as_the_command_line_gives_them():
         ("model.dtype", "float16", "model.dtype must be one of float32, bfloat16"),
         ("model.pool", "max", "model.pool must be one of cls, mean"),
         ("adapter.num_features", -4, "num_features must be positive. Got -4"),
+        ("mesh.axes", (("model", -1),), "config.mesh.axes must name an axis 'data'"),
         ("methods", ("snnk_rel",), "Got 'snnk_rel'. Did you mean 'snnk_relu'"),
         ("methods", (), "config.methods and config.seeds must not be empty"),
         ("methods", ("scratch",), "learning_rates.scratch must be positive. Got None"),
