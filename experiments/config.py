@@ -224,6 +224,8 @@ def check(config: ConfigDict) -> None:
             "config.methods and config.seeds must not be empty. "
             f"Got {config.methods} and {config.seeds}."
         )
+    if any(seed < 0 for seed in config.seeds):
+        raise ValueError(f"config.seeds must not be negative. Got {config.seeds}.")
     for method in methods_of(config):
         if method not in METHODS:
             close = difflib.get_close_matches(method, METHODS, n=1)

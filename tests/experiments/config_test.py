@@ -74,6 +74,7 @@ def test_methods_with_commas_as_the_command_line_gives_them():
         ("adapter.num_features", -4, "num_features must be positive. Got -4"),
         ("mesh.axes", (("model", -1),), "config.mesh.axes must name an axis 'data'"),
         ("methods", ("snnk_rel",), "Got 'snnk_rel'. Did you mean 'snnk_relu'"),
+        ("seeds", (0, -1), "config.seeds must not be negative"),
         ("methods", (), "config.methods and config.seeds must not be empty"),
         ("methods", ("scratch",), "learning_rates.scratch must be positive. Got None"),
         ("sweep.learning_rates", (0.1, -1.0), "sweep.learning_rates must be positive"),
