@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from experiments.config import base
 
-_METHODS = ("linear_probe", "houlsby", "snnk_relu", "snnk_cos")
+_METHODS = ("linear_probe", "houlsby", "snnk_relu", "snnk_cos", "snnk_factored")
 _ALL_METHODS = (
     *_METHODS,
     "houlsby_slim",
@@ -50,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "bitfit": 3e-3,
             "snnk_relu": 1e-2,
             "snnk_cos": 1e-2,
+            "snnk_factored": 1e-2,
             "full": 1e-3,
         },
         batch_size=64,

@@ -52,6 +52,9 @@ def base() -> ConfigDict:
             },
             "adapter": {
                 "num_features": 16,
+                # The SNNK adapter whose readout is a product of two matrices.
+                "factored_features": 128,
+                "factored_rank": 8,
                 "projection": "orthogonal",
                 "bottleneck": 48,
                 "lora_rank": 8,
@@ -150,6 +153,8 @@ _POSITIVE = (
     "model.num_heads",
     "model.mlp_dim",
     "adapter.num_features",
+    "adapter.factored_features",
+    "adapter.factored_rank",
     "adapter.bottleneck",
     "adapter.lora_rank",
     "optim.batch_size",

@@ -105,6 +105,26 @@ def _snnk(features: Callable[[ConfigDict], snnk.features.FeatureMap]) -> Any:
     return rules
 
 
+def _snnk_factored(config: ConfigDict, dim: int) -> Rules:
+    features = snnk.features.ArcCosine(
+        num_features=config.adapter.factored_features,
+        projection=config.adapter.projection,
+    )
+
+    def build(module: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
+        adapter = snnk.nn.SNNKAdapter(
+            dim,
+            features=features,
+            rank=config.adapter.factored_rank,
+            modulate=False,
+            dtype=_dtype(config),
+            rngs=rngs,
+        )
+        return Adapted(module, adapter)
+
+    return [snnk.SwapRule(path=HOULSBY_PLACES, build=build)]
+
+
 def _relu_features(config: ConfigDict) -> snnk.features.FeatureMap:
     return snnk.features.ArcCosine(
         num_features=config.adapter.num_features,
@@ -146,6 +166,7 @@ METHODS: dict[str, Method] = {
     ),
     "snnk_relu": Method("SNNK adapter, ReLU", _snnk(_relu_features), _ADAPTER),
     "snnk_cos": Method("SNNK adapter, cosine", _snnk(_cos_features), _ADAPTER),
+    "snnk_factored": Method("SNNK adapter, ReLU, factored", _snnk_factored, _ADAPTER),
     "full": Method("Full fine-tuning", _no_rules, nnx.Param, trained=".*"),
     "scratch": Method("From scratch", _no_rules, nnx.Param, trained=".*"),
 }

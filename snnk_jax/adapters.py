@@ -328,13 +328,15 @@ def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
         "dim": adapter.dim,
         "features": _describe_features(adapter.projection.features),
         "normalize": adapter.normalize,
+        "rank": adapter.rank,
         "modulate": adapter.modulate,
         **_describe_dtypes(adapter),
     }
 
 
 def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
-    options = {k: spec[k] for k in ("normalize", "modulate", "dtype", "param_dtype")}
+    names = ("normalize", "rank", "modulate", "dtype", "param_dtype")
+    options = {name: spec[name] for name in names}
     fm = _build_features(spec["features"])
     adapter = SNNKAdapter(spec["dim"], features=fm, rngs=nnx.Rngs(0), **options)
     return Adapted(base, adapter)

@@ -37,6 +37,13 @@ def snnk_build(fm):
     return build
 
 
+def factored_build(module, rngs):
+    adapter = snnk.nn.SNNKAdapter(
+        16, features=COS, rank=2, modulate=False, normalize=False, rngs=rngs
+    )
+    return Adapted(module, adapter)
+
+
 def bottleneck_build(module, rngs):
     return Adapted(module, snnk.nn.BottleneckAdapter(16, 3, rngs=rngs))
 
@@ -50,6 +57,7 @@ def lora_build(linear, rngs):
 RULES = {
     "snnk_relu": [snnk.SwapRule(path=r".*/(attention|mlp)", build=snnk_build(ARC))],
     "snnk_cos": [snnk.SwapRule(path=r".*/mlp", build=snnk_build(COS))],
+    "factored": [snnk.SwapRule(path=r".*/mlp", build=factored_build)],
     "bottleneck": [snnk.SwapRule(path=r".*/mlp", build=bottleneck_build)],
     "lora": [snnk.SwapRule(path=r".*/(query|value)", build=lora_build)],
 }

@@ -52,16 +52,25 @@ class SNNKAdapter(nnx.Module):
     first step. (The paper's code starts the other way round, v at zero, and
     :math:`\Psi` stands still in the first step.) It trains ``(m + 1) d`` parameters.
 
+    With ``rank`` k the readout is the product of two matrices, ``[m, k]`` and
+    ``[k, d]``, the latter zero at the start: ``k (m + d)`` parameters (and d for v)
+    pay for many more features, so that a learned bottleneck of k units reads all of
+    the input instead of m random directions of it.
+
     Args:
       dim: d, width of the inputs and outputs.
       features: the feature map.
       normalize: map :math:`\hat x` instead of x. Hidden states have norms around
         :math:`\sqrt d`, at which exponential features overflow and the step size of
         every layer would differ.
-      modulate: train v; without it v is one and ``m d`` parameters are trained.
+      rank: k; None trains a full readout.
+      modulate: train v; without it v is one.
       dtype: computation dtype of the features; None takes that of the inputs.
       param_dtype: storage dtype.
-      rngs: random stream ``projection``.
+      rngs: random streams ``projection``, and ``params`` where ``rank`` is given.
+
+    Raises:
+      ValueError: if ``rank`` is below 1.
 
     References:
       Sehanobish et al., "Scalable Neural Network Kernels", arXiv 2310.13225.
@@ -83,12 +92,16 @@ class SNNKAdapter(nnx.Module):
         *,
         features: FeatureMap,
         normalize: bool = True,
+        rank: int | None = None,
         modulate: bool = True,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank must be None or at least 1. Got {rank}.")
         self.dim = dim
+        self.rank = rank
         self.normalize = normalize
         self.modulate = modulate
         self.dtype = dtype
@@ -96,9 +109,15 @@ class SNNKAdapter(nnx.Module):
         self.projection = Projection(
             features, dim, key=projection_key(rngs), param_dtype=param_dtype
         )
-        self.readout = AdapterParam(
-            jnp.zeros((features.num_features, dim), param_dtype)
-        )
+        num_features = features.num_features
+        if rank is None:
+            readout = jnp.zeros((num_features, dim), param_dtype)
+        else:
+            init = nnx.initializers.lecun_normal()
+            readout = init(rngs.params(), (num_features, rank), param_dtype)
+        self.readout = AdapterParam(readout)
+        up = None if rank is None else AdapterParam(jnp.zeros((rank, dim), param_dtype))
+        self.up = up
         modulation = jnp.ones((dim,), param_dtype)
         self.modulation = AdapterParam(modulation) if modulate else None
 
@@ -106,10 +125,10 @@ class SNNKAdapter(nnx.Module):
         z = x if self.dtype is None else x.astype(self.dtype)
         if self.normalize:
             z = _unit(z)
-        features = self.projection.features
-        y = contract(
-            self.projection(z), self.readout[...], precision=features.precision
-        )
+        precision = self.projection.features.precision
+        y = contract(self.projection(z), self.readout[...], precision=precision)
+        if self.up is not None:
+            y = contract(y, self.up[...], precision=precision)
         if self.modulation is not None:
             v = self.modulation[...].astype(y.dtype)
             y = y * v.reshape((1,) * (y.ndim - 1) + v.shape)

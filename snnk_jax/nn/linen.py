@@ -48,6 +48,7 @@ def SNNKAdapter(  # noqa: N802
     *,
     features: FeatureMap,
     normalize: bool = True,
+    rank: int | None = None,
     modulate: bool = True,
     name: str | None = None,
 ) -> linen.Module:
@@ -67,6 +68,7 @@ def SNNKAdapter(  # noqa: N802
         dim,
         features=features,
         normalize=normalize,
+        rank=rank,
         modulate=modulate,
         name=name,
     )

@@ -20,6 +20,7 @@ ADAPTERS = {
     "snnk_relu": lambda: snnk_adapter(ARC),
     "snnk_cos": lambda: snnk_adapter(COS),
     "unmodulated": lambda: snnk_adapter(ARC, modulate=False),
+    "factored": lambda: snnk_adapter(ARC, rank=3, modulate=False),
     "unnormalized": lambda: snnk_adapter(ARC, normalize=False),
     "bottleneck": lambda: snnk.nn.BottleneckAdapter(DIM, 3, rngs=nnx.Rngs(0)),
 }
@@ -27,6 +28,7 @@ PARAMETERS = {
     "snnk_relu": (8 + 1) * DIM,
     "snnk_cos": (8 + 1) * DIM,
     "unmodulated": 8 * DIM,
+    "factored": 3 * (8 + DIM),
     "unnormalized": (8 + 1) * DIM,
     "bottleneck": 2 * DIM * 3 + 3 + DIM,
 }
@@ -35,6 +37,7 @@ FIRST_GRADIENTS = {
     "snnk_relu": {"readout"},
     "snnk_cos": {"readout"},
     "unmodulated": {"readout"},
+    "factored": {"up"},
     "unnormalized": {"readout"},
     "bottleneck": {"up_kernel", "up_bias"},
 }
@@ -115,6 +118,11 @@ def test_adapted_passes_arguments_to_the_module():
 
     adapted = snnk.nn.Adapted(Scale(), ADAPTERS["bottleneck"]())
     np.testing.assert_array_equal(adapted(jnp.ones((2, DIM)), by=3.0), 3.0)
+
+
+def test_rank_must_be_positive():
+    with pytest.raises(ValueError, match="rank must be None or at least 1. Got 0"):
+        snnk_adapter(ARC, rank=0)
 
 
 def test_bottleneck_must_be_positive():
