@@ -1,3 +1,4 @@
+import json
 import pathlib
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def test_arguments_of_vit_adapter():
     assert len(sweep.seeds) == 3
     assert len(sweep.sweep.learning_rates) > 1
     assert load_config("configs/vit_adapter.py:cifar100").data.name == "tfds:cifar100"
+
+
+def test_the_learning_rates_are_those_of_the_committed_sweep():
+    sweep = json.loads((ROOT / "docs" / "vit_adapter_sweep.json").read_text())
+    config = load_config("configs/vit_adapter.py")
+    assert config.optim.learning_rates.to_dict() == {
+        row["method"]: row["learning_rate"] for row in sweep["table"]
+    }
 
 
 def test_overrides():
