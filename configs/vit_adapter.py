@@ -42,16 +42,16 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.update(
         # Chosen by `:sweep`, see docs/results.md.
         learning_rates={
-            "linear_probe": 1e-2,
-            "houlsby": 3e-3,
-            "houlsby_slim": 3e-3,
-            "pfeiffer": 3e-3,
-            "lora": 3e-3,
-            "bitfit": 3e-3,
-            "snnk_relu": 1e-2,
-            "snnk_cos": 1e-2,
-            "snnk_factored": 1e-2,
-            "full": 1e-3,
+            "linear_probe": 0.1,
+            "houlsby": 0.005,
+            "snnk_relu": 0.02,
+            "snnk_cos": 0.02,
+            "snnk_factored": 0.02,
+            "houlsby_slim": 0.005,
+            "pfeiffer": 0.02,
+            "lora": 0.005,
+            "bitfit": 0.02,
+            "full": 0.001,
         },
         batch_size=64,
         steps=300,
@@ -62,7 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "sweep":
         config.methods = _ALL_METHODS
         config.seeds = (0, 1, 2)
-        config.sweep.learning_rates = (1e-3, 5e-3, 2e-2, 1e-1)
+        config.sweep.learning_rates = (1e-3, 5e-3, 2e-2, 1e-1, 5e-1)
     elif arg in ("cifar10", "cifar100", "cifar10_jpeg"):
         config.data.name = arg if arg == "cifar10_jpeg" else f"tfds:{arg}"
         config.model.image_size = 32
