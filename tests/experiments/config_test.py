@@ -73,7 +73,7 @@ def test_methods_with_commas_as_the_command_line_gives_them():
         ("optim.steps.x", 3, "config keys must exist"),
         ("optim.steps", "many", "config.optim.steps must be a int. Got 'many'"),
         ("optim.steps", 0, "config.optim.steps must be positive. Got 0"),
-        ("optim.warmup_steps", 120, "warmup_steps must be less than optim.steps"),
+        ("optim.warmup_steps", 300, "warmup_steps must be less than optim.steps"),
         ("optim.weight_decay", -1.0, "weight_decay must not be negative. Got -1"),
         ("optim.label_smoothing", 1.0, r"label_smoothing must be in \[0, 1\). Got 1"),
         ("data.augment", "cutmix", "data.augment must be one of none, crop"),
