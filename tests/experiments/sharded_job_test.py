@@ -22,6 +22,7 @@ def losses(workdir, devices, *overrides):
             "--config=configs/vit_adapter.py",
             "--config.methods=snnk_relu",
             "--config.optim.steps=14",
+            "--config.optim.warmup_steps=2",
             "--config.log.log_every=1",
             f"--workdir={workdir}",
             *overrides,
