@@ -3,7 +3,8 @@
 Data: Tiny-ImageNet-200 at 32x32 (100 000 training images, 200 classes), read from the
 folder that holds ``tinyimagenet32_q75jpeg.npz``. Random shift and flip, half of the
 patch tokens dropped while training (arXiv 2208.07220), the best validation checkpoint
-kept. The measured result stands in ``assets/README.md``.
+kept. Expected: 22 % top-1 on 200 classes (one seed, 22.14), 72 minutes on 2 busy CPU
+cores; see ``assets/README.md``.
 
     python -m experiments.main --config=configs/vit_pretrain.py \
         --config.data.dir=FOLDER --config.export=assets/vit_tin32.safetensors
