@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.sharding import path_name
+from snnk_jax._files import hash_array
 
 
 class Checkpoints:
@@ -102,7 +103,5 @@ def digest(tree: Any) -> str | None:
         return None
     sha = hashlib.sha256()
     for path, leaf in leaves:
-        array = np.asarray(leaf)
-        sha.update(f"{path_name(path)} {array.dtype} {array.shape}\n".encode())
-        sha.update(np.ascontiguousarray(array).tobytes())
+        hash_array(sha, path_name(path), np.asarray(leaf))
     return sha.hexdigest()

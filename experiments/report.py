@@ -1,13 +1,12 @@
 """The report of a config's runs: one table, its plots, and where they come from."""
 
-import json
 import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from experiments import plots
-from experiments.metrics import read_jsonl
+from experiments.metrics import read_jsonl, write_json
 from snnk_jax._files import write_atomic
 
 
@@ -114,9 +113,7 @@ def write(
     if panels:  # a run that had finished elsewhere logged nothing here
         plots.curves(workdir / "curves.png", panels)
     plots.accuracy_against_parameters(workdir / "accuracy.png", table)
-    write_atomic(
-        workdir / "results.json", json.dumps({"table": table}, indent=2) + "\n"
-    )
+    write_json(workdir / "results.json", {"table": table})
     parts = [
         f"# {title}",
         f"`{command}`",

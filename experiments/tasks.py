@@ -92,11 +92,18 @@ def _lora(config: ConfigDict, dim: int) -> Rules:
     return [snnk.SwapRule(path=LORA_PLACES, build=build)]
 
 
-def _snnk(features: Callable[[ConfigDict], snnk.features.FeatureMap]) -> Any:
+def _snnk(
+    features: Callable[[ConfigDict], snnk.features.FeatureMap], factored: bool = False
+) -> Any:
     def rules(config: ConfigDict, dim: int) -> Rules:
         def build(module: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
             adapter = snnk.nn.SNNKAdapter(
-                dim, features=features(config), dtype=_dtype(config), rngs=rngs
+                dim,
+                features=features(config),
+                rank=config.adapter.factored_rank if factored else None,
+                modulate=not factored,
+                dtype=_dtype(config),
+                rngs=rngs,
             )
             return Adapted(module, adapter)
 
@@ -105,24 +112,11 @@ def _snnk(features: Callable[[ConfigDict], snnk.features.FeatureMap]) -> Any:
     return rules
 
 
-def _snnk_factored(config: ConfigDict, dim: int) -> Rules:
-    features = snnk.features.ArcCosine(
+def _factored_features(config: ConfigDict) -> snnk.features.FeatureMap:
+    return snnk.features.ArcCosine(
         num_features=config.adapter.factored_features,
         projection=config.adapter.projection,
     )
-
-    def build(module: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
-        adapter = snnk.nn.SNNKAdapter(
-            dim,
-            features=features,
-            rank=config.adapter.factored_rank,
-            modulate=False,
-            dtype=_dtype(config),
-            rngs=rngs,
-        )
-        return Adapted(module, adapter)
-
-    return [snnk.SwapRule(path=HOULSBY_PLACES, build=build)]
 
 
 def _relu_features(config: ConfigDict) -> snnk.features.FeatureMap:
@@ -166,7 +160,9 @@ METHODS: dict[str, Method] = {
     ),
     "snnk_relu": Method("SNNK adapter, ReLU", _snnk(_relu_features), _ADAPTER),
     "snnk_cos": Method("SNNK adapter, cosine", _snnk(_cos_features), _ADAPTER),
-    "snnk_factored": Method("SNNK adapter, ReLU, factored", _snnk_factored, _ADAPTER),
+    "snnk_factored": Method(
+        "SNNK adapter, ReLU, factored", _snnk(_factored_features, True), _ADAPTER
+    ),
     "full": Method("Full fine-tuning", _no_rules, nnx.Param, trained=".*"),
     "scratch": Method("From scratch", _no_rules, nnx.Param, trained=".*"),
 }

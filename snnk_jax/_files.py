@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 
@@ -26,6 +27,12 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def hash_array(sha: Any, name: str, array: np.ndarray) -> None:
+    """Feeds the name, dtype, shape and bytes of an array to a ``hashlib`` hash."""
+    sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
+    sha.update(np.ascontiguousarray(array).tobytes())
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from snnk_jax import features as features_lib
 from snnk_jax import projections
-from snnk_jax._files import open_safetensors, write_atomic
+from snnk_jax._files import hash_array, open_safetensors, write_atomic
 from snnk_jax.nn import (
     Adapted,
     AdapterParam,
@@ -64,7 +64,7 @@ def fingerprint(model: nnx.Module, *, exclude: str = "head/.*") -> str:
         if not isinstance(variable, AdapterParam) and not re.fullmatch(exclude, name):
             rows[name] = np.asarray(variable[...])
     for name in sorted(rows):
-        _hash_array(sha, name, rows[name])
+        hash_array(sha, name, rows[name])
     return sha.hexdigest()
 
 
@@ -242,15 +242,10 @@ def _read(
     return record, arrays
 
 
-def _hash_array(sha: Any, name: str, array: np.ndarray) -> None:
-    sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
-    sha.update(np.ascontiguousarray(array).tobytes())
-
-
 def _checksum(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
     sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name in sorted(arrays):
-        _hash_array(sha, name, arrays[name])
+        hash_array(sha, name, arrays[name])
     return sha.hexdigest()
 
 
