@@ -5,6 +5,8 @@ Everything is a feature map followed by a linear readout; see the README.
 
 from snnk_jax import activations as activations
 from snnk_jax import adapters as adapters
+from snnk_jax import calibration as calibration
+from snnk_jax import diagnostics as diagnostics
 from snnk_jax import features as features
 from snnk_jax import kernels as kernels
 from snnk_jax import models as models

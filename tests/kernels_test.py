@@ -1,7 +1,11 @@
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.special
 
 import snnk_jax as snnk
@@ -55,7 +59,7 @@ def test_ffl_takes_names_rows_and_functions():
     np.testing.assert_array_equal(kernels.ffl(row, x, kernel), by_name)
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_arc_cosine_is_the_integral(order):
     x, kernel = at_angles()
     expected = registry.arc_cosine(x, kernel, order)
@@ -68,11 +72,11 @@ def test_arc_cosine_is_the_integral(order):
         jnp.asarray(x, "float32"), jnp.asarray(kernel, "float32"), order
     )
     assert single.dtype == jnp.float32
-    atol = 3e-4 if order == 0 else 2e-6
+    atol = [3e-4, 2e-6, 2e-6, 1e-5][order]
     np.testing.assert_allclose(single, expected, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_arc_cosine_at_random(order):
     x, kernel = normal(7, 5), normal(5, 4, seed=1)
     expected = registry.arc_cosine(x, kernel, order)
@@ -84,23 +88,100 @@ def test_arc_cosine_at_random(order):
 
 def test_arc_cosine_at_known_angles():
     x, y = np.array([[2.0, 0.0]], "float32"), np.array([[0.0], [3.0]], "float32")
-    for order, right_angle in [(0, 0.5), (1, 6 / np.pi), (2, 36 / 2)]:
+    for order, right_angle in [(0, 0.5), (1, 6 / np.pi), (2, 18), (3, 864 / np.pi)]:
         value = float(kernels.arc_cosine(jnp.asarray(x), jnp.asarray(y), order)[0, 0])
         assert value == pytest.approx(right_angle, rel=1e-5)
         same = float(kernels.arc_cosine(jnp.asarray(x), jnp.asarray(x.T), order)[0, 0])
-        assert same == pytest.approx([1, 4, 3 * 16][order], rel=1e-3)
+        assert same == pytest.approx([1, 4, 3 * 16, 15 * 64][order], rel=1e-3)
         opposite = kernels.arc_cosine(jnp.asarray(x), jnp.asarray(-x.T), order)
         assert float(opposite[0, 0]) == pytest.approx(0, abs=1e-3)
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+def leaky(x, kernel, slope):
+    """The kernel of the leaky ReLU by quadrature in the plane of x and w."""
+
+    def rectify(z):
+        return np.maximum(z, 0) + slope * np.minimum(z, 0)
+
+    def angular(angle):
+        # In pieces between the kinks, on which the integrand is smooth.
+        kinks = np.sort(np.mod([0.5, 1.5, 0.5 + angle / np.pi, 1.5 + angle / np.pi], 2))
+        edges = np.pi * np.concatenate([[0], kinks, [2]])
+        return sum(
+            scipy.integrate.quad(
+                lambda t: rectify(np.cos(t)) * rectify(np.cos(t - angle)), lo, hi
+            )[0]
+            for lo, hi in itertools.pairwise(edges)
+        )
+
+    norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(kernel, axis=0)
+    angle = np.arccos(np.clip(x @ kernel / norms, -1, 1))
+    return 2 / np.pi * norms * np.vectorize(angular)(angle)
+
+
+@pytest.mark.parametrize("slope", [0.2, -1.0, 3.0])
+def test_leaky_arc_cosine_is_the_integral(slope):
+    x, kernel = normal(7, 5), normal(5, 4, seed=1)
+    for pair in [(x, kernel), at_angles()]:
+        single = (jnp.asarray(a, "float32") for a in pair)
+        value = kernels.arc_cosine(*single, negative_slope=slope)
+        expected = leaky(*pair, slope)
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_leaky_arc_cosine_of_slopes_0_and_1():
+    x, kernel = jnp.asarray(normal(7, 5)), jnp.asarray(normal(5, 4, seed=1))
+    np.testing.assert_array_equal(
+        kernels.arc_cosine(x, kernel, negative_slope=0.0),
+        kernels.arc_cosine(x, kernel),
+    )
+    linear = kernels.arc_cosine(x, kernel, negative_slope=1.0)
+    np.testing.assert_allclose(linear, 2 * x @ kernel, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
 def test_arc_cosine_of_zero_is_zero(order):
     zero, x = jnp.zeros((2, 3)), jnp.ones((2, 3))
     for a, b in [(zero, x.T), (x, zero.T), (zero, zero.T)]:
         np.testing.assert_array_equal(kernels.arc_cosine(a, b, order), 0)
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)], ids=str)
+def test_polynomial_and_exponential_are_their_functions(dtype, with_bias, batch):
+    coefficients = (0.5, 0.0, -1.0, 0.25)
+    with jax.enable_x64(dtype == "float64"):
+        x, kernel = (
+            jnp.asarray(0.5 * a, dtype)
+            for a in (normal(*batch, 4), normal(4, 3, seed=1))
+        )
+        bias = jnp.asarray(normal(3, seed=2), dtype) if with_bias else None
+        z = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+        if with_bias:
+            z = z + np.asarray(bias, np.float64)
+        for y, expected in [
+            (
+                kernels.polynomial(coefficients, x, kernel, bias),
+                np.polyval(coefficients[::-1], z),
+            ),
+            (kernels.exponential(x, kernel, bias), np.exp(z)),
+        ]:
+            assert y.dtype == x.dtype
+            assert y.shape == (*batch, 3)
+            error = np.abs(np.asarray(y, np.float64) - expected)
+            # Rounding of z counts with its own size and the slope there.
+            limits = tolerance(dtype)
+            slope = 1 + np.exp(np.abs(z)) + z**2
+            assert np.all(error <= limits["atol"] + limits["rtol"] * slope)
+
+
+def test_polynomial_of_one_coefficient_is_constant():
+    value = kernels.polynomial((np.float64(2.5),), jnp.ones((2, 4)), jnp.ones((4, 3)))
+    np.testing.assert_array_equal(value, np.full((2, 3), 2.5))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
 @pytest.mark.parametrize("at", ["angles", "zero_input", "zero_kernel"])
 def test_arc_cosine_gradients_are_finite(order, at):
     x, kernel = (jnp.asarray(a, "float32") for a in at_angles())
@@ -114,16 +195,16 @@ def test_arc_cosine_gradients_are_finite(order, at):
         assert np.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, 3])
 def test_arc_cosine_gradient_of_parallel_vectors(order):
-    # K_1(x, x) = |x|^2 and K_2(x, x) = 3 |x|^4, as a function of both arguments.
+    # K_n(x, x) is |x|^2, 3 |x|^4 and 15 |x|^6, as a function of both arguments.
     x = jnp.array([0.3, -0.4, 1.2])
 
     def norm(x):
         return kernels.arc_cosine(x, x[:, None], order)[0]
 
     square = float(jnp.sum(x * x))
-    expected = 2 * x if order == 1 else 12 * square * x
+    expected = [2, 12 * square, 90 * square**2][order - 1] * x
     np.testing.assert_allclose(jax.grad(norm)(x), expected, rtol=1e-2)
 
 
@@ -140,5 +221,24 @@ def test_wrong_arguments_are_refused():
         kernels.ffl("relu", x, kernel, jnp.ones(1))
     with pytest.raises(ValueError, match="Did you mean 'relu'"):
         kernels.ffl("relo", x, kernel)
-    with pytest.raises(ValueError, match="order must be 0, 1 or 2. Got 3"):
-        kernels.arc_cosine(x, kernel, order=3)
+    for order in (-1, 4):
+        with pytest.raises(
+            ValueError, match=f"order must be 0, 1, 2 or 3. Got {order}"
+        ):
+            kernels.arc_cosine(x, kernel, order=order)
+    with pytest.raises(
+        ValueError, match="negative_slope must be 0 for order 2. Got 0.1"
+    ):
+        kernels.arc_cosine(x, kernel, 2, 0.1)
+    for slope in (np.inf, np.nan):
+        with pytest.raises(ValueError, match="negative_slope must be finite. Got"):
+            kernels.arc_cosine(x, kernel, negative_slope=slope)
+    with pytest.raises(ValueError, match="coefficients must be at least one number"):
+        kernels.polynomial((), x, kernel)
+    for kernel_of in (kernels.exponential, functools.partial(kernels.polynomial, (1,))):
+        with pytest.raises(ValueError, match=r"same d. Got \(2, 4\) and \(3, 4\)"):
+            kernel_of(x, kernel.T)
+        with pytest.raises(
+            ValueError, match=r"bias must have shape \(3,\). Got \(1,\)"
+        ):
+            kernel_of(x, kernel, jnp.ones(1))

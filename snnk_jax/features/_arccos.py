@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from snnk_jax import kernels, projections
+from snnk_jax import kernels
 from snnk_jax.features._base import FeatureMap
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
 
@@ -24,11 +24,16 @@ class ArcCosine(FeatureMap):
     vectors and n = 1 a relative deviation of :math:`2.98 / \sqrt{m}`, whatever the
     width d and the norms.
 
+    With a negative slope a, which order 1 alone takes, the rectifier is the leaky one:
+    the features are :math:`\sqrt{2/m}\, \sigma_a(\Omega x)` and the kernel is
+    :math:`(1 - a)^2 K_1(x, w) + 2 a\, x^\top w`.
+
     :math:`K_1` is not :math:`\mathrm{relu}(x \cdot w)`: it depends on both norms, and
     it has no bias term.
 
     Args:
-      order: n, one of 0, 1, 2. Order 0 has zero gradients everywhere.
+      order: n, one of 0, 1, 2, 3. Order 0 has zero gradients everywhere.
+      negative_slope: a, finite; other than zero for order 1 only.
       num_features: m.
 
     Parameters: ``{"omega": [m, d]}``.
@@ -47,27 +52,28 @@ class ArcCosine(FeatureMap):
     """
 
     order: int = 1
+    negative_slope: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        kernels.check_order(self.order)
+        kernels.check_order(self.order, self.negative_slope)
 
     def init(self, key: PRNGKeyArray, dim: int, dtype: Dtype = jnp.float32) -> Params:
         """Draws ``omega``; see :class:`FeatureMap`."""
-        return {
-            "omega": projections.draw(
-                self.projection, key, self.num_features, dim, dtype
-            )
-        }
+        return self.directions(key, self.num_features, dim, dtype)
 
     def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         """Maps inputs to features."""
-        z = self.project(params["omega"], x)
-        # max(z, 0)**0 would be 1 everywhere, the step function is not.
-        rectified = jnp.where(z > 0, 1, 0) if self.order == 0 else jax.nn.relu(z)
-        power = rectified if self.order < 2 else rectified * rectified
+        z = self.project(params, x)
+        if self.order == 0:
+            # max(z, 0)**0 would be 1 everywhere, the step function is not.
+            power = jnp.where(z > 0, 1, 0).astype(z.dtype)
+        elif self.negative_slope:
+            power = jax.nn.leaky_relu(z, self.negative_slope)
+        else:
+            power = jax.nn.relu(z) ** self.order
         scale = (2.0 / self.num_features) ** 0.5
-        return (scale * power.astype(z.dtype)).astype(x.dtype)
+        return (scale * power).astype(x.dtype)
 
     def psi(
         self,
@@ -87,7 +93,7 @@ class ArcCosine(FeatureMap):
     ) -> Float[Array, "*b o"]:
         """The arc-cosine kernel of this order."""
         _refuse_bias(bias)
-        return kernels.arc_cosine(x, kernel, self.order)
+        return kernels.arc_cosine(x, kernel, self.order, self.negative_slope)
 
 
 def _refuse_bias(bias: Array | None) -> None:

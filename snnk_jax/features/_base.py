@@ -2,11 +2,14 @@
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from snnk_jax import projections
+from snnk_jax.projections import accumulation_dtype as accumulation_dtype
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
 
 Precision = Literal["default", "high", "highest"]
@@ -69,27 +72,31 @@ class FeatureMap(abc.ABC):
     ) -> Float[Array, "*b o"]:
         """The kernel that ``phi @ psi`` estimates without bias."""
 
-    def project(
-        self, omega: Float[Array, "k d"], x: Float[Array, "*b d"]
-    ) -> Float[Array, "*b k"]:
-        """Computes ``x @ omega.T``, accumulated in float32 or better."""
-        if x.shape[-1:] != omega.shape[1:]:
-            raise ValueError(
-                f"inputs must have width {omega.shape[1]}. Got shape {x.shape}."
-            )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"inputs must be real floating point. Got {x.dtype}.")
-        return jnp.matmul(
-            x,
-            omega.T.astype(x.dtype),
-            precision=self.precision,
-            preferred_element_type=accumulation_dtype(x.dtype),
+    def redraw(self, params: Params, key: PRNGKeyArray, dim: int) -> Params:
+        """Draws the random parts of ``params`` anew and keeps what was calibrated."""
+        dtype = next(
+            v.dtype for v in params.values() if jnp.issubdtype(v.dtype, jnp.floating)
         )
+        return {**params, **self.init(key, dim, dtype)}
+
+    def directions(self, key: PRNGKeyArray, num: int, dim: int, dtype: Dtype) -> Params:
+        """Draws ``num`` random directions of the chosen projection."""
+        return projections.params(self.projection, key, num, dim, dtype)
+
+    def project(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b k"]:
+        """Projects onto the directions, accumulated in float32 or better."""
+        return projections.apply(params, x, precision=self.precision)
 
 
-def accumulation_dtype(dtype: Dtype) -> Dtype:
-    """float32 for narrower types, the type itself otherwise."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+def share_out(total: int, weights: Sequence[float] | np.ndarray) -> tuple[int, ...]:
+    """Shares ``total`` out in proportion, at least one each, by largest remainders."""
+    shares = np.asarray(weights, np.float64)
+    spare = total - len(shares)
+    ideal = shares / shares.sum() * spare
+    counts = np.floor(ideal).astype(int)
+    order = np.argsort(counts - ideal, kind="stable")
+    counts[order[: spare - counts.sum()]] += 1
+    return tuple(int(count) + 1 for count in counts)
 
 
 def squared_norm(x: Float[Array, "*b d"]) -> Float[Array, "*b"]:

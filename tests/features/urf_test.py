@@ -94,7 +94,8 @@ def test_psi_matches_its_formula():
     params = features.init(jax.random.key(0), WIDTH)
     kernel, bias = unit(WIDTH, 2, axis=0), jnp.array([0.3, -0.8])
     g, w, b = (np.asarray(a, np.float64) for a in (params["omega"], kernel, bias))
-    size = 0.8 * np.sqrt(2 / 6) * np.exp(g @ w / 0.8 - 1 / (2 * 0.8**2))
+    root = np.sqrt(1.5)
+    size = 0.8 * np.sqrt(2 / 6) * np.exp(root * g @ w / 0.8 - 1.5 / (2 * 0.8**2))
     phase = 1.5 * b + 0.4
     expected = np.concatenate([np.cos(phase) * size, -np.sin(phase) * size])
     np.testing.assert_allclose(features.psi(params, kernel, bias), expected, rtol=1e-5)
@@ -112,10 +113,20 @@ def test_best_scale_is_the_documented_one():
 
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_fields_are_refused():
-    with pytest.raises(ValueError, match="num_features must be even.*Got 5"):
-        URF(num_features=5)
-    with pytest.raises(ValueError, match=r"one Fourier atom.*Got 'relu' with 0"):
-        URF(activation="relu", num_features=4)
+    with pytest.raises(ValueError, match="must not be affine.*Got 'identity'"):
+        URF(activation="identity", num_features=4)
+    with pytest.raises(ValueError, match="spectrum must be 'auto', .* Got 'all'"):
+        URF(num_features=4, spectrum="all")
+    with pytest.raises(ValueError, match="exact_degree must be None, 0, 1 or 2. Got 3"):
+        URF(num_features=4, exact_degree=3)
+    with pytest.raises(ValueError, match="shape must be at most 0 and finite. Got 0.1"):
+        URF(num_features=4, shape=0.1)
+    with pytest.raises(ValueError, match="projection must have Gaussian rows"):
+        URF(num_features=4, projection="rademacher")
+    features = URF(activation="gelu", num_features=12, exact_degree=1)
+    words = "must hold 9 exact columns for inputs of width 8 and 6 directions.*Got 12"
+    with pytest.raises(ValueError, match=words):
+        features.init(jax.random.key(0), WIDTH)
     with pytest.raises(ValueError, match="Did you mean 'cos'"):
         URF(activation="coss", num_features=4)
     for scale in (0.0, -1.0, float("inf"), float("nan")):

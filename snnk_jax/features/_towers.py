@@ -1,0 +1,456 @@
+"""What universal and exponential random features share: two exponential towers."""
+
+import abc
+import dataclasses
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from snnk_jax import activations, kernels, projections
+from snnk_jax.features._base import (
+    FeatureMap,
+    accumulation_dtype,
+    share_out,
+    squared_norm,
+)
+from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray, UInt32
+
+# Inputs on which shrinkage is judged; against at most a dozen factors per output.
+_NUM_REFERENCES = 256
+# Independent words of a key: the first ones belong to the projections.
+_STREAMS = 16
+# What `redraw` keeps: everything that does not come from the random directions.
+_CALIBRATED = (
+    *("mean", "metric", "dual_metric", "stretch", "scale", "reference", "cap"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    r"""The function as :math:`c_0 + \beta z + \sum` of waves or exponentials.
+
+    Attributes:
+      constant: :math:`c_0`.
+      slope: :math:`\beta`.
+      rates: the :math:`s_k`, one per group of directions; empty where each direction
+        draws its own.
+      weights: the share of each group that :meth:`TowerFeatures.layout` hands out
+        directions by, up to a common factor, as logarithms.
+    """
+
+    constant: float
+    slope: float
+    rates: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which columns of ``phi`` hold what, for inputs of one width.
+
+    Attributes:
+      exact: columns of the part that is carried exactly.
+      counts: directions of each group.
+      padding: columns left over, always zero.
+    """
+
+    exact: int
+    counts: tuple[int, ...]
+    padding: int
+
+    @property
+    def directions(self) -> int:
+        return sum(self.counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerFeatures(FeatureMap):
+    r"""Base of the exponential-type maps; see :class:`URF` and :class:`Exponential`.
+
+    Both write their kernel with :math:`e^{t^\top u} = E_g[\Lambda_g(t)\Lambda_g(u)]`,
+    :math:`\Lambda_g(z) = \prod_l (1 - 4A_l)^{1/4} \exp(\sum_l A_l g_l^2 +
+    \sqrt{1 - 4A_l}\, g_l z_l - z_l^2 / 2)`, where t is the scaled input (times i for
+    waves) and u the scaled weight, :math:`t^\top u = s\, w^\top x`.
+
+    Args:
+      scale: c, ``t = sqrt(s) c x`` and ``u = sqrt(s) w / c``; None takes
+        :math:`d^{-1/4}`. The best one is :math:`c^2 = \lVert w\rVert / \lVert
+        x\rVert`.
+      shape: A, at most 0; it bounds the towers and pays where :math:`\kappa` reaches
+        the width d.
+      kappa: the product of the norms of inputs and weights that the map is made for.
+      exact_degree: 0, 1 or 2 carry the constant, the linear and the quadratic part of
+        f around zero exactly, by 1, ``1 + d`` or ``1 + d + d (d + 1) / 2`` of the
+        columns, and subtract from both random towers their own Taylor part of this
+        degree. The estimate stays unbiased, since the parts of different degree of
+        the two towers are uncorrelated. None leaves the towers as they are.
+      shrinkage: multiply the random part of each output, frequency by frequency, by
+        the factors in [0, 1] that minimise the squared error on reference inputs:
+        isotropic ones with :math:`\lVert x\rVert = \sqrt\kappa / c`, or samples, see
+        :func:`snnk_jax.calibration.balance`. Beyond the norms of the references (a
+        half more in :math:`\lVert x\rVert^2`, or their upper tenth) the random
+        columns are damped by :math:`e^{-\text{excess}/2}`, so that they stay finite
+        at any norm. The map is then biased, and with ``exact_degree=1`` no worse than
+        the exact affine map.
+    """
+
+    scale: float | None = None
+    shape: float = 0.0
+    kappa: float = 1.0
+    exact_degree: int | None = None
+    shrinkage: bool = False
+
+    columns_per_direction = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.projection not in projections.gaussian_names():
+            raise ValueError(
+                "projection must have Gaussian rows: "
+                f"{', '.join(projections.gaussian_names())}. Got {self.projection!r}."
+            )
+        for name in ("scale", "kappa"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite. Got {value}.")
+        if not -math.inf < self.shape <= 0:
+            raise ValueError(f"shape must be at most 0 and finite. Got {self.shape}.")
+        if self.exact_degree not in (None, 0, 1, 2):
+            raise ValueError(
+                f"exact_degree must be None, 0, 1 or 2. Got {self.exact_degree}."
+            )
+
+    @property
+    @abc.abstractmethod
+    def row(self) -> activations.Activation:
+        """The activation f."""
+
+    @property
+    @abc.abstractmethod
+    def terms(self) -> Terms:
+        """How f is taken apart."""
+
+    @abc.abstractmethod
+    def _draw_rates(self, words: UInt32[Array, "2"], num: int, dtype: Dtype) -> Params:
+        """Random frequencies and their weights, where the map has them."""
+
+    @abc.abstractmethod
+    def _waves(self, params: Params, layout: Layout) -> tuple[Array, Array, Array]:
+        """Rate, amplitude and phase of each direction; the first may be a scalar."""
+
+    @abc.abstractmethod
+    def _input_tower(self, z: Array, square: Array, log_damp: Array) -> list[Array]:
+        """The blocks of columns of phi, their Taylor part subtracted.
+
+        All is multiplied by ``exp(log_damp)``, inside the exponential.
+        """
+
+    @abc.abstractmethod
+    def _weight_factors(self, phase: Array) -> list[Array]:
+        """What the phase multiplies the weight tower with, for each block."""
+
+    def layout(self, dim: int) -> Layout:
+        """Shares out the columns for inputs of width ``dim``.
+
+        Raises:
+          ValueError: if ``num_features`` does not hold the exact part and a direction
+            for each frequency.
+        """
+        degree = self._carried_degree
+        exact = (0, 1, 1 + dim, 1 + dim + dim * (dim + 1) // 2)[degree + 1]
+        per = self.columns_per_direction
+        directions = (self.num_features - exact) // per
+        groups = len(self.terms.weights)
+        if directions < groups:
+            what = "one direction" if groups == 1 else f"{groups} directions"
+            raise ValueError(
+                f"num_features must hold {exact} exact columns for inputs of width "
+                f"{dim} and {what} of {per} columns: at least {exact + per * groups}. "
+                f"Got {self.num_features}."
+            )
+        weights = np.array(self.terms.weights)
+        counts = share_out(directions, np.exp(weights - weights.max()))
+        return Layout(exact, counts, self.num_features - exact - per * directions)
+
+    @property
+    def _carried_degree(self) -> int:
+        """Degree of the polynomial part with columns of its own; -1 for none."""
+        terms = self.terms
+        own = 1 if terms.slope else (0 if terms.constant else -1)
+        return own if self.exact_degree is None else max(own, self.exact_degree)
+
+    def init(self, key: PRNGKeyArray, dim: int, dtype: Dtype = jnp.float32) -> Params:
+        """Draws the directions; see :class:`FeatureMap`."""
+        if dim < 1:
+            raise ValueError(f"num and dim must be at least 1. Got dim {dim}.")
+        layout = self.layout(dim)
+        words = projections.streams(projections.key_words(key), _STREAMS)
+        scale = dim**-0.25 if self.scale is None else self.scale
+        params = {
+            **self.directions(key, layout.directions, dim, dtype),
+            **self._draw_rates(words[_STREAMS - 2], layout.directions, dtype),
+            "scale": jnp.asarray(scale, dtype),
+        }
+        if self.shrinkage:
+            shape = (_NUM_REFERENCES, dim)
+            x = projections.normals(words[_STREAMS - 1], shape)
+            norm = math.sqrt(self.kappa) / scale
+            x = x * (norm / jnp.linalg.norm(x, axis=1, keepdims=True))
+            params["reference"] = x.astype(dtype)
+            params["cap"] = self.cap(params, 1.5 * self.kappa).astype(dtype)
+        return params
+
+    def cap(self, params: Params, square: Array | float) -> Array:
+        """The squared norm to damp from: ``square``, or where e^(rate square) ends."""
+        limit = 120 / self._max_rate(params)
+        return jnp.minimum(jnp.asarray(square, jnp.float32), limit)
+
+    def _max_rate(self, params: Params) -> Array:
+        rates = params.get("rates", jnp.asarray(self.terms.rates or (1.0,)))
+        return jnp.max(rates.astype(jnp.float32))
+
+    def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
+        """Maps inputs to features."""
+        self._check_width(params, x)
+        layout = self.layout(x.shape[-1])
+        x = _centred(params, x)
+        blocks = self._random_columns(params, x, layout)
+        if layout.exact:
+            blocks = _exact_columns(x, self._carried_degree) + blocks
+        if layout.padding:
+            blocks = [*blocks, jnp.zeros((*x.shape[:-1], layout.padding), x.dtype)]
+        return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=-1)
+
+    def psi(
+        self,
+        params: Params,
+        kernel: Float[Array, "d o"],
+        bias: Float[Array, " o"] | None = None,
+    ) -> Float[Array, "m o"]:
+        """Maps weights and biases to the readout."""
+        self._check_width(params, kernel.T)
+        kernels.check_layer(kernel.T, kernel, bias)
+        layout = self.layout(kernel.shape[0])
+        wide = accumulation_dtype(kernel.dtype)
+        shift = jnp.zeros(kernel.shape[1], wide)
+        if bias is not None:
+            shift = shift + bias.astype(wide)
+        if "mean" in params:
+            mean = params["mean"].astype(wide)
+            shift = shift + jnp.matmul(mean, kernel.astype(wide))
+        blocks = self._random_readout(params, kernel, shift, layout)
+        exact = []
+        if layout.exact:
+            exact = self._exact_readout(kernel.astype(wide), shift)
+        if self.shrinkage:
+            blocks = self._shrunk(params, kernel, shift, layout, exact, blocks)
+        blocks = exact + blocks
+        if layout.padding:
+            blocks = [*blocks, jnp.zeros((layout.padding, kernel.shape[1]), wide)]
+        return _finite(jnp.concatenate(blocks, axis=0), kernel.dtype)
+
+    def exact(
+        self,
+        x: Float[Array, "*b d"],
+        kernel: Float[Array, "d o"],
+        bias: Float[Array, " o"] | None = None,
+    ) -> Float[Array, "*b o"]:
+        """The feed-forward layer of the activation."""
+        return kernels.ffl(self.row, x, kernel, bias)
+
+    def max_input_norm(self, params: Params, dtype: Dtype = jnp.float32) -> Array:
+        """An input norm up to which :meth:`phi` is finite in ``dtype``.
+
+        Without balancing it is the exact limit for waves; :meth:`phi` is NaN beyond.
+        """
+        limit = math.log(float(jnp.finfo(dtype).max))
+        if "metric" in params:
+            size = jnp.linalg.norm(params["metric"].astype(jnp.float32), ord=2)
+        else:
+            size = params["scale"].astype(jnp.float32)
+        return (2 * limit / self._max_rate(params)) ** 0.5 / size
+
+    def _check_width(self, params: Params, x: Array) -> None:
+        if "omega" in params:
+            width = params["omega"].shape[-1]
+        else:
+            width = params["input_signs"].shape[-1]
+        if x.shape[-1:] != (width,):
+            raise ValueError(f"inputs must have width {width}. Got shape {x.shape}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"inputs must be real floating point. Got {x.dtype}.")
+
+    def _tower(
+        self, params: Params, x: Array, metric: str, power: int
+    ) -> tuple[Array, Array]:
+        """Projections of the scaled inputs and their squared norms, rates left out."""
+        if metric in params:
+            t = jnp.matmul(
+                x,
+                params[metric].astype(x.dtype),
+                precision=self.precision,
+                preferred_element_type=accumulation_dtype(x.dtype),
+            )
+            stretch = params["stretch"].astype(t.dtype)
+            stretched = t * stretch.reshape((1,) * (t.ndim - 1) + stretch.shape)
+            return self.project(params, stretched), squared_norm(t)[..., None]
+        z = self.project(params, x)
+        scale = params["scale"].astype(z.dtype) ** power
+        stretch = math.sqrt(1 - 4 * self.shape)
+        return (scale * stretch) * z, (scale * scale) * squared_norm(x)[..., None]
+
+    def _random_columns(self, params: Params, x: Array, layout: Layout) -> list[Array]:
+        z, square = self._tower(params, x, "metric", 1)
+        rates = self._waves(params, layout)[0].astype(z.dtype)
+        root, rates = _along_last(jnp.sqrt(rates), z), _along_last(rates, z)
+        factor = layout.directions**-0.5
+        excess = jnp.zeros((), z.dtype)
+        if "cap" in params:
+            excess = jnp.maximum(square - params["cap"].astype(z.dtype), 0)
+        blocks = self._input_tower(root * z, rates * square, -rates * excess / 2)
+        return [_finite(factor * block, x.dtype) for block in blocks]
+
+    def _random_readout(
+        self, params: Params, kernel: Array, shift: Array, layout: Layout
+    ) -> list[Array]:
+        """Blocks ``[directions, o]`` of the readout, in the accumulation dtype."""
+        z, square = self._tower(params, kernel.T, "dual_metric", -1)
+        rates, amplitudes, phases = (
+            _along_last(jnp.asarray(a, z.dtype), z) for a in self._waves(params, layout)
+        )
+        z, square = jnp.sqrt(rates) * z, rates * square
+        log_shape = self._log_shape(params).astype(z.dtype)
+        tower = jnp.exp(log_shape + z - square / 2)
+        if self.exact_degree is not None:
+            taylor = (1, z, (z * z - square) / 2)[: self.exact_degree + 1]
+            tower = tower - jnp.exp(log_shape) * sum(taylor)
+        tower = (amplitudes * layout.directions**0.5) * tower
+        phase = rates * shift.astype(z.dtype)[:, None] + phases
+        return [(factor * tower).T for factor in self._weight_factors(phase)]
+
+    def _log_shape(self, params: Params) -> Array:
+        r""":math:`\tfrac12 \sum_l \log(1 - 4A_l) + 2 \sum_l A_l g_l^2`, ``[1, k]``.
+
+        The factors of both towers that hold A alone; they stand with the weights.
+        """
+        if "stretch" not in params and self.shape == 0:
+            return jnp.zeros((1, 1))
+        g = projections.matrix(params)
+        g = g.astype(accumulation_dtype(g.dtype))
+        stretch = params.get("stretch", jnp.asarray(math.sqrt(1 - 4 * self.shape)))
+        stretch = jnp.broadcast_to(stretch.astype(g.dtype), g.shape[1:])
+        shape = (1 - stretch * stretch) / 4
+        return (jnp.sum(jnp.log(stretch)) + 2 * jnp.matmul(g * g, shape))[None, :]
+
+    def _exact_readout(self, kernel: Array, shift: Array) -> list[Array]:
+        """Rows that carry the polynomial part, in the order of the exact columns."""
+        terms, degree = self.terms, self.exact_degree
+        own = -1 if degree is None else degree
+        rows = []
+        if own >= 0:
+            rows.append(self.row(shift)[None, :])
+        else:
+            rows.append((terms.constant + terms.slope * shift)[None, :])
+        if self._carried_degree >= 1:
+            slope = self.row.grad(shift)[None, :] if own >= 1 else terms.slope
+            rows.append(slope * kernel)
+        if own >= 2:
+            second, both = _pairs(kernel.T), self.row.grad(shift, 2)[None, :]
+            rows.append(0.5 * both * second.T)
+        return rows
+
+    def _shrunk(
+        self,
+        params: Params,
+        kernel: Array,
+        shift: Array,
+        layout: Layout,
+        exact: list[Array],
+        blocks: list[Array],
+    ) -> list[Array]:
+        """Multiplies the random readout by the best factors on the references."""
+        x = params["reference"].astype(shift.dtype)
+        x = _centred(params, x)
+        wide = kernel.astype(shift.dtype)
+        target = self.row(jnp.matmul(x, wide) + shift[None, :])
+        if layout.exact:
+            columns = jnp.concatenate(_exact_columns(x, self._carried_degree), axis=-1)
+            target = target - jnp.matmul(columns, jnp.concatenate(exact, axis=0))
+        columns = self._random_columns(params, x, layout)
+        edges = np.cumsum((0, *layout.counts))
+        parts = [
+            sum(
+                jnp.matmul(column[:, lo:hi], block[lo:hi])
+                for column, block in zip(columns, blocks, strict=True)
+            )
+            for lo, hi in itertools.pairwise(edges)
+        ]
+        # Chosen once, like a hyperparameter: gradients do not go through the choice.
+        factors = jax.lax.stop_gradient(_shrinkage_factors(jnp.stack(parts), target))
+        factors = jnp.repeat(factors, np.array(layout.counts), axis=0)
+        return [jnp.where(factors > 0, factors * block, 0) for block in blocks]
+
+
+def _shrinkage_factors(parts: Array, target: Array) -> Array:
+    """Factors in [0, 1] of each part, ``[groups, n, o]``, best for ``[n, o]``.
+
+    Least squares with a unit of noise per group, cut to [0, 1], then one common factor:
+    the result is never worse than dropping the random part.
+    """
+    usable = jnp.all(jnp.isfinite(parts), axis=1, keepdims=True)
+    parts = jnp.where(usable, parts, 0)
+    # In units of each part's own size: they span many orders of magnitude.
+    size = jnp.sqrt(jnp.mean(parts * parts, axis=1, keepdims=True))
+    size = jnp.where(size > 0, size, 1)
+    scaled = jnp.moveaxis(parts / size, -1, 0)  # [o, groups, n]
+    gram = jnp.matmul(scaled, jnp.swapaxes(scaled, 1, 2)) / target.shape[0]
+    moment = jnp.einsum("ogn,no->og", scaled, target) / target.shape[0]
+    groups = parts.shape[0]
+    gram = gram + 1e-3 * jnp.eye(groups, dtype=gram.dtype)[None]
+    solution = jnp.linalg.solve(gram, moment[..., None])
+    factors = jnp.clip(solution[..., 0].T / size[:, 0], 0, 1)
+    total = jnp.einsum("go,gno->no", factors, parts)
+    square = jnp.sum(total * total, axis=0)
+    best = jnp.sum(total * target, axis=0) / jnp.where(square > 0, square, 1)
+    return factors * jnp.clip(best, 0, 1)[None, :]
+
+
+def _centred(params: Params, x: Array) -> Array:
+    if "mean" not in params:
+        return x
+    wide = x.astype(accumulation_dtype(x.dtype))
+    mean = params["mean"].astype(wide.dtype)
+    return (wide - mean.reshape((1,) * (x.ndim - 1) + mean.shape)).astype(x.dtype)
+
+
+def _along_last(values: Array, like: Array) -> Array:
+    """A scalar or a vector of the last axis, ready to broadcast."""
+    shape = values.shape if values.ndim else (1,)
+    return values.reshape((1,) * (like.ndim - 1) + shape)
+
+
+def _exact_columns(x: Array, degree: int) -> list[Array]:
+    columns = [jnp.ones((*x.shape[:-1], 1), x.dtype)]
+    if degree >= 1:
+        columns.append(x)
+    if degree >= 2:
+        columns.append(_pairs(x))
+    return columns
+
+
+def _pairs(x: Array) -> Array:
+    """The products x_i x_j, i <= j, weighted so that dot products are squared ones."""
+    i, j = np.triu_indices(x.shape[-1])
+    weight = np.where(i == j, 1.0, math.sqrt(2))
+    wide = x.astype(accumulation_dtype(x.dtype))
+    weight = jnp.asarray(weight, wide.dtype).reshape((1,) * (x.ndim - 1) + i.shape)
+    return (weight * wide[..., i] * wide[..., j]).astype(x.dtype)
+
+
+def _finite(value: Array, dtype: Dtype) -> Array:
+    """Casts; NaN where ``dtype`` cannot hold the value, never inf."""
+    held = jnp.abs(value) <= float(jnp.finfo(dtype).max)
+    return jnp.where(held, value, jnp.nan).astype(dtype)
