@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,7 +16,7 @@ from snnk_jax.typing import Array, Float, Params
 # Rows on which candidates are compared, and reference inputs that shrinkage keeps.
 _JUDGED = 1024
 _NUM_REFERENCES = 256
-# A candidate that needs a d x d matrix at run time must earn it.
+# The gain from which on a matrix is worth its product at run time.
 _METRIC_GAIN = 0.97
 
 
@@ -107,31 +108,41 @@ def balance(
     candidates = [start, rescaled]
     candidates += [free | cast({"mean": mean} | metric) for metric in metrics]
     if features.shrinkage:
-        candidates = [_capped(features, candidate) for candidate in candidates]
-    step = max(1, len(data) // _JUDGED)
-    judged = x[::step][:_JUDGED]
+        candidates = [
+            _capped(features, candidate, quantile)
+            for quantile in (0.9, 1.0)
+            for candidate in candidates
+        ]
+    judged = x[:: max(1, len(data) // _JUDGED)][:_JUDGED]
     exact = np.asarray(features.exact(judged, kernel, bias), np.float64)
     errors = []
     for candidate in candidates:
-        estimate = snnk_dense(features, candidate, judged, kernel, bias)
+        estimate = _estimate(features, candidate, judged, kernel, bias)
         error = np.mean((np.asarray(estimate, np.float64) - exact) ** 2)
         errors.append(error if np.isfinite(error) else np.inf)
-    plain = int(np.argmin(errors[:2]))
+    # A candidate that needs a d x d product at run time must earn it.
+    plain = [
+        np.inf if "metric" in candidate else error
+        for candidate, error in zip(candidates, errors, strict=True)
+    ]
     best = int(np.argmin(errors))
-    if errors[best] >= _METRIC_GAIN**2 * errors[plain]:
-        best = plain
+    if errors[best] >= _METRIC_GAIN**2 * min(plain):
+        best = int(np.argmin(plain))
     return candidates[best]
 
 
-def _capped(features: TowerFeatures, params: Params) -> Params:
-    """Sets where shrinkage damps: from the references' 0.9 quantile on."""
+_estimate = jax.jit(snnk_dense, static_argnums=0)
+
+
+def _capped(features: TowerFeatures, params: Params, quantile: float) -> Params:
+    """Sets where shrinkage damps: from a quantile of the references' norms on."""
     x = np.asarray(params["reference"], np.float64)
     x = x - np.asarray(params.get("mean", 0.0), np.float64)
     if "metric" in params:
         x = x @ np.asarray(params["metric"], np.float64)
     else:
         x = x * float(params["scale"])
-    cap = features.cap(params, np.quantile(np.sum(x * x, axis=1), 0.9))
+    cap = features.cap(params, np.quantile(np.sum(x * x, axis=1), quantile))
     return params | {"cap": cap.astype(params["reference"].dtype)}
 
 
@@ -286,7 +297,8 @@ def fit_linear(
     """The ridge regression of :func:`fit_readout` on given columns.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jax
+import jax.numpy as jnp
       >>> import snnk_jax as snnk
       >>> phi = jnp.array([[1.0], [2.0], [3.0]])
       >>> psi, _ = snnk.calibration.fit_linear(phi, 2 * phi, l2=0.0)

@@ -28,7 +28,10 @@ CORE = {
     "infinite": {"typing", "activations", "projections", "ridge"},
 }
 FLAX = {
-    "nn": {"typing", "activations", "projections", "features", "ops"},
+    "nn": {
+        *("typing", "activations", "projections", "features", "ops"),
+        *("diagnostics", "surgery"),
+    },
     "surgery": {"typing"},
     "models": {"typing", "_files"},
     "adapters": {

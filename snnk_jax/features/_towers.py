@@ -397,8 +397,9 @@ class TowerFeatures(FeatureMap):
 def _shrinkage_factors(parts: Array, target: Array) -> Array:
     """Factors in [0, 1] of each part, ``[groups, n, o]``, best for ``[n, o]``.
 
-    Least squares with a unit of noise per group, cut to [0, 1], then one common factor:
-    the result is never worse than dropping the random part.
+    Two proposals, each with the best common factor: one factor a group by least
+    squares, which drops the noisy frequencies, and no difference between the groups,
+    which is right where noise is small. Neither is worse than dropping the random part.
     """
     usable = jnp.all(jnp.isfinite(parts), axis=1, keepdims=True)
     parts = jnp.where(usable, parts, 0)
@@ -408,14 +409,22 @@ def _shrinkage_factors(parts: Array, target: Array) -> Array:
     scaled = jnp.moveaxis(parts / size, -1, 0)  # [o, groups, n]
     gram = jnp.matmul(scaled, jnp.swapaxes(scaled, 1, 2)) / target.shape[0]
     moment = jnp.einsum("ogn,no->og", scaled, target) / target.shape[0]
-    groups = parts.shape[0]
-    gram = gram + 1e-3 * jnp.eye(groups, dtype=gram.dtype)[None]
+    gram = gram + 1e-4 * jnp.eye(len(parts), dtype=gram.dtype)[None]
     solution = jnp.linalg.solve(gram, moment[..., None])
-    factors = jnp.clip(solution[..., 0].T / size[:, 0], 0, 1)
+    single = jnp.clip(solution[..., 0].T / size[:, 0], 0, 1)
+    single, single_error = _scaled_down(single, parts, target)
+    common, common_error = _scaled_down(jnp.ones_like(single), parts, target)
+    return jnp.where((single_error < common_error)[None, :], single, common)
+
+
+def _scaled_down(factors: Array, parts: Array, target: Array) -> tuple[Array, Array]:
+    """The factors times the best common one in [0, 1], and the squared error."""
     total = jnp.einsum("go,gno->no", factors, parts)
     square = jnp.sum(total * total, axis=0)
     best = jnp.sum(total * target, axis=0) / jnp.where(square > 0, square, 1)
-    return factors * jnp.clip(best, 0, 1)[None, :]
+    best = jnp.clip(best, 0, 1)
+    error = jnp.sum((target - best[None, :] * total) ** 2, axis=0)
+    return factors * best[None, :], error
 
 
 def _centred(params: Params, x: Array) -> Array:

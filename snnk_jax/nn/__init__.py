@@ -5,5 +5,7 @@ from snnk_jax.nn._adapter import BottleneckAdapter as BottleneckAdapter
 from snnk_jax.nn._adapter import SNNKAdapter as SNNKAdapter
 from snnk_jax.nn._dense import SNNKDense as SNNKDense
 from snnk_jax.nn._projection import Projection as Projection
+from snnk_jax.nn._report import ModelReport as ModelReport
+from snnk_jax.nn._report import model_report as model_report
 from snnk_jax.nn._variables import AdapterParam as AdapterParam
 from snnk_jax.nn._variables import RandomProjection as RandomProjection
