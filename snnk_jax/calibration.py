@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -117,7 +116,7 @@ def balance(
     exact = np.asarray(features.exact(judged, kernel, bias), np.float64)
     errors = []
     for candidate in candidates:
-        estimate = _estimate(features, candidate, judged, kernel, bias)
+        estimate = snnk_dense(features, candidate, judged, kernel, bias)
         error = np.mean((np.asarray(estimate, np.float64) - exact) ** 2)
         errors.append(error if np.isfinite(error) else np.inf)
     # A candidate that needs a d x d product at run time must earn it.
@@ -129,9 +128,6 @@ def balance(
     if errors[best] >= _METRIC_GAIN**2 * min(plain):
         best = int(np.argmin(plain))
     return candidates[best]
-
-
-_estimate = jax.jit(snnk_dense, static_argnums=0)
 
 
 def _capped(features: TowerFeatures, params: Params, quantile: float) -> Params:
@@ -297,8 +293,7 @@ def fit_linear(
     """The ridge regression of :func:`fit_readout` on given columns.
 
     Example:
-      >>> import jax
-import jax.numpy as jnp
+      >>> import jax.numpy as jnp
       >>> import snnk_jax as snnk
       >>> phi = jnp.array([[1.0], [2.0], [3.0]])
       >>> psi, _ = snnk.calibration.fit_linear(phi, 2 * phi, l2=0.0)
