@@ -4,6 +4,7 @@ import difflib
 import pathlib
 import runpy
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -191,8 +192,27 @@ def methods_of(config: ConfigDict) -> tuple[str, ...]:
     return tuple(name for item in config.methods for name in item.split(","))
 
 
+def experiment_of(config: ConfigDict) -> ModuleType:
+    """The module whose ``run`` and ``check`` a config is for."""
+    name = config.get("experiment", "train")
+    if name == "train":
+        from experiments import runner
+
+        return runner
+    if name == "kernel_error":
+        from experiments import kernel_error
+
+        return kernel_error
+    raise ValueError(f"config.experiment must be train or kernel_error. Got {name!r}.")
+
+
 def check(config: ConfigDict) -> None:
     """Raises ValueError for a value that no run could use; touches no device."""
+    experiment_of(config).check(config)
+
+
+def check_training(config: ConfigDict) -> None:
+    """Checks a config of :func:`base`."""
     from experiments.tasks import METHODS
 
     def value(key: str) -> Any:

@@ -28,14 +28,16 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     import jax
 
-    from experiments.runner import run
+    from experiments.config import experiment_of
 
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     config = _CONFIG.value
     workdir = _WORKDIR.value or f"runs/{config.name}"
     try:
-        run(config, workdir, command=f"python -m experiments.main {_arguments()}")
+        experiment_of(config).run(
+            config, workdir, command=f"python -m experiments.main {_arguments()}"
+        )
     except Preempted as stopped:
         print(f"{stopped} Run the same command again to go on.", flush=True)
         sys.exit(PREEMPTED_EXIT_CODE)

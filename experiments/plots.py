@@ -31,6 +31,46 @@ def curves(
     _save(figure, path)
 
 
+def log_curves(
+    path: str | pathlib.Path, panels: Mapping[str, Mapping[str, Curve]], ylabel: str
+) -> None:
+    """Draws error against number of features, log-log, in rows of four panels.
+
+    Predictors without features are dashed; all panels share one legend.
+    """
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 3.4 * lines + 1), squeeze=False
+    )
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    handles: dict[str, Any] = {}
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in curves.items():
+            rival = name in ("constant", "affine")
+            style = "--" if rival else "-"
+            color = "black" if name == "constant" else f"C{names.index(name) % 10}"
+            marker = None if rival else "osv^D*"[names.index(name) // 10]
+            (handles[name],) = axis.plot(
+                *zip(*points, strict=True),
+                linestyle=style,
+                marker=marker,
+                markersize=3,
+                color="gray" if name == "affine" else color,
+                linewidth=1.2,
+            )
+        axis.set(xscale="log", yscale="log", title=title, xlabel="features m")
+        axis.set_ylim(top=min(axis.get_ylim()[1], 1e3))
+        axis.grid(alpha=0.3, which="both")
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    axes[0][0].set_ylabel(ylabel)
+    figure.legend(handles.values(), handles.keys(), ncols=5, loc="lower center")
+    figure.tight_layout(rect=(0, 0.06 + 0.1 / lines, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def accuracy_against_parameters(
     path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]
 ) -> None:

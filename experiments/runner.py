@@ -17,7 +17,8 @@ import snnk_jax as snnk
 from experiments import data as data_lib
 from experiments import report, summary, tasks, train
 from experiments import sharding as sharding_lib
-from experiments.config import check, methods_of
+from experiments.config import check_training as check
+from experiments.config import methods_of
 from experiments.metrics import write_json
 from snnk_jax.models.vit_params import save_vit
 
@@ -69,7 +70,7 @@ def run(
         raise ValueError(
             f"config.resume must be the workdir of a run. Got {config.resume!r}."
         )
-    _claim(workdir, config)
+    claim(workdir, config)
     dataset = data_lib.load(
         config.data.name,
         image_size=config.model.image_size,
@@ -209,7 +210,7 @@ def _run_one(
     return model, result
 
 
-def _claim(workdir: pathlib.Path, config: ConfigDict) -> None:
+def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Writes ``config.json``, or refuses a folder that holds other settings."""
     settings = json.loads(config.to_json_best_effort())
     file = workdir / "config.json"

@@ -339,8 +339,9 @@ class LayerReport:
       random: predicted relative error of balanced random features, Psi(W, b).
       calibrated: relative error of a readout fitted on samples, leave-one-out.
       num_features: m of both.
-      verdict: ``"random"`` (random features carry the layer), ``"calibrated"`` (fit
-        the readout), ``"affine"`` (an affine map is as good) or ``"leave"``.
+      verdict: ``"affine"`` (an affine map is good enough), ``"random"`` (random
+        features carry the layer), ``"calibrated"`` (a fitted readout does) or
+        ``"leave"``.
     """
 
     kappa: Kappa
@@ -420,7 +421,7 @@ def layer_report(
         jnp.concatenate([*affine_columns, columns], axis=1), target
     )
     calibrated = math.sqrt(max(0.0, 1 - fit.total_loo_r2))
-    if affine <= min(tolerance, 1.05 * random):
+    if affine <= tolerance:
         verdict = "affine"
     elif random <= tolerance:
         verdict = "random"

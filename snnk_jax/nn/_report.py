@@ -24,7 +24,7 @@ _MEANINGS = {
     "affine": "need no random features, an affine map is as good",
     "leave": "should be left alone",
 }
-_HEADER = (
+_HEADER: tuple[str, ...] = (
     *("path", "in→out", "kappa", "balanced", "spread"),
     *("affine", "random", "calibrated", "m", "verdict"),
 )
@@ -68,18 +68,19 @@ class ModelReport:
         return [path for path, row in self.layers.items() if row.verdict == verdict]
 
     def __str__(self) -> str:
-        rows = [_HEADER]
+        table = [_HEADER]
         for path, row in self.layers.items():
             sizes = (row.kappa.raw, row.kappa.balanced, row.spread)
             errors = (row.affine, row.random, row.calibrated)
             numbers = (f"{value:.3g}" for value in (*sizes, *errors))
             shape = "→".join(map(str, self.shapes[path]))
-            rows.append((path, shape, *numbers, str(row.num_features), row.verdict))
+            count = str(row.num_features)
+            table.append((path, shape, *numbers, count, row.verdict))
         few, many = min(self.samples.values()), max(self.samples.values())
         count = str(few) if few == many else f"{few} to {many}"
         return "\n".join(
             [
-                *_aligned(rows),
+                *_aligned(table),
                 "",
                 f"Relative errors on {count} inputs of each layer; "
                 f"{self.tolerance:g} is good enough.",
@@ -228,7 +229,9 @@ def model_report(
             f"the model must call every Linear that activations name. Got {silent} "
             f"without a call; {exist}"
         )
-    behind = {name: rows[path] for path, names in swaps.matched.items() for name in names}
+    behind = {
+        name: rows[path] for path, names in swaps.matched.items() for name in names
+    }
     layers, shapes, samples = {}, {}, {}
     for name, recorder in recorders.items():
         kernel, bias = recorder.linear.kernel[...], recorder.linear.bias

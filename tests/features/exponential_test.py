@@ -14,11 +14,10 @@ def unit(num, width, seed=0):
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def layer(kappa, width=WIDTH, num=8, outputs=8, dtype="float32"):
+def layer(kappa, width=WIDTH):
     """Inputs and weights with the same norm, their product kappa."""
-    x = unit(num, width) * kappa**0.5
-    kernel = unit(outputs, width, seed=1).T * kappa**0.5
-    return jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+    x, kernel = unit(8, width), unit(8, width, seed=1).T
+    return (jnp.asarray(a * kappa**0.5, "float32") for a in (x, kernel))
 
 
 def errors(features, x, kernel, keys):
@@ -58,7 +57,8 @@ def test_features_and_readout_are_positive(shape, projection):
 def test_exact_degree_gives_positivity_up(degree):
     features = Exponential(num_features=128, exact_degree=degree)
     params = features.init(jax.random.key(0), WIDTH)
-    assert (features.phi(params, layer(1.0)[0]) < 0).any()
+    x, _ = layer(1.0)
+    assert (features.phi(params, x) < 0).any()
 
 
 @pytest.mark.parametrize("dim", [4, 64, 768])
