@@ -13,6 +13,7 @@ Arguments behind a colon:
 
 * ``:sweep``  all methods, each with its learning rate chosen on a validation split
   from one grid, then 3 seeds. Its result is committed, ``docs/results.md``.
+* ``:maps``  the SNNK adapters of all feature maps, chosen and run like the sweep.
 * ``:cifar10_jpeg``  CIFAR-10 stored as JPEG, ``--config.data.dir=FOLDER``.
 * ``:cifar10``, ``:cifar100``  through TFDS, prepared beforehand.
 * ``:quicktest``  two steps on synthetic images.
@@ -32,6 +33,10 @@ _ALL_METHODS = (
     "lora",
     "bitfit",
     "full",
+)
+_MAPS = (
+    *("snnk_relu", "snnk_leaky", "snnk_cos"),
+    *("snnk_gaussian", "snnk_exp", "snnk_square"),
 )
 
 
@@ -56,6 +61,10 @@ def get_config(arg: str = "") -> ConfigDict:
             "lora": 0.005,
             "bitfit": 0.02,
             "full": 0.001,
+            "snnk_leaky": 0.02,
+            "snnk_gaussian": 0.02,
+            "snnk_exp": 0.02,
+            "snnk_square": 0.02,
         },
         batch_size=64,
         steps=300,
@@ -67,6 +76,10 @@ def get_config(arg: str = "") -> ConfigDict:
         config.methods = _ALL_METHODS
         config.seeds = (0, 1, 2)
         config.sweep.learning_rates = (1e-3, 5e-3, 2e-2, 1e-1, 5e-1)
+    elif arg == "maps":
+        config.methods = _MAPS
+        config.seeds = (0, 1, 2)
+        config.sweep.learning_rates = (5e-3, 2e-2, 1e-1)
     elif arg in ("cifar10", "cifar100", "cifar10_jpeg"):
         config.data.name = arg if arg == "cifar10_jpeg" else f"tfds:{arg}"
         config.model.image_size = 32
@@ -82,7 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.log.update(log_every=1, eval_every=0, checkpoint_every=1)
     elif arg:
         raise ValueError(
-            "the config argument must be sweep, cifar10, cifar100, cifar10_jpeg or "
-            f"quicktest. Got {arg!r}."
+            "the config argument must be sweep, maps, cifar10, cifar100, "
+            f"cifar10_jpeg or quicktest. Got {arg!r}."
         )
     return config

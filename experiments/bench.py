@@ -1,11 +1,16 @@
 """Speed of the SNNK layer beside the dense layer it stands for.
 
     python -m experiments.bench
+    python -m experiments.bench --table=maps
 
 All rows are timed in one run, in turns, so that a busy moment hits all of them. The
 last row only writes an output of the same size: no layer can be faster. A layer of
 one matrix can gain at most dense / write, so the goal is 8 times or 85 % of that,
 whichever is less.
+
+The second command times the maps alone: ``phi`` beside the bare product ``x @ omega``
+of the same number of columns, which it should reach to 80 %, and the fast Hadamard
+projection beside the dense one.
 """
 
 import dataclasses
@@ -22,10 +27,13 @@ import snnk_jax as snnk
 from experiments.metrics import write_json
 from experiments.runner import describe_environment
 
+_TABLE = flags.DEFINE_enum("table", "layers", ["layers", "maps"], "What to time.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Rows; 1024, or 8192 on an accelerator.")
 _IN = flags.DEFINE_integer("in_features", 768, "Input width.")
 _OUT = flags.DEFINE_integer("out_features", 3072, "Output width.")
-_FEATURES = flags.DEFINE_integer("num_features", 64, "Features of the judged layer.")
+_FEATURES = flags.DEFINE_integer(
+    "num_features", 0, "Features of the judged layer (64), or of the maps (1024)."
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", "", ["", "float32", "bfloat16"], "float32, or bfloat16 on an accelerator."
 )
@@ -99,6 +107,54 @@ def layers(
     return x, {name: bound(*row) for name, row in rows.items()}
 
 
+MAP_SHARE = 0.8
+"""What phi should reach of the speed of the bare matrix product."""
+
+
+def maps(
+    key: jax.Array, batch: int, d: int, m: int, dtype: Any
+) -> tuple[jax.Array, dict[str, Callable[[jax.Array], jax.Array]]]:
+    """An input and phi of the maps, each beside nothing but its matrix product."""
+    x_key, *keys = jax.random.split(key, 8)
+    x = jax.random.normal(x_key, (batch, d), dtype) * d**-0.5
+
+    def product(num: int) -> Callable[[jax.Array], jax.Array]:
+        omega = snnk.projections.gaussian(keys[0], num, d, jnp.dtype(dtype))
+        jitted = jax.jit(lambda omega, x: jnp.matmul(x, omega.T))
+        return lambda x: jitted(omega, x)
+
+    def phi(fm: snnk.features.FeatureMap) -> Callable[[jax.Array], jax.Array]:
+        params = fm.init(keys[1], d, jnp.dtype(dtype))
+        jitted = jax.jit(fm.phi)
+        return lambda x: jitted(params, x)
+
+    arc, urf = snnk.features.ArcCosine, snnk.features.URF
+    return x, {
+        f"x @ omega, {m} columns": product(m),
+        f"x @ omega, {m // 2} columns": product(m // 2),
+        "phi, arc-cosine": phi(arc(num_features=m)),
+        "phi, cosine": phi(urf(activation="cos", num_features=m)),
+        "phi, Hadamard arc-cosine": phi(arc(num_features=m, projection="hadamard")),
+    }
+
+
+def map_verdict(rows: list[Row], m: int) -> str:
+    """One line a map: the share of the bare product's speed."""
+    times = {row.name: row.median_ms for row in rows}
+    bare = times[f"x @ omega, {m} columns"]
+    lines = []
+    for name in ("phi, arc-cosine", "phi, cosine"):
+        share = bare / times[name]
+        outcome = "reached" if share >= MAP_SHARE else "MISSED"
+        lines.append(
+            f"{name}: {share:.0%} of the speed of x @ omega, "
+            f"goal {MAP_SHARE:.0%}: {outcome}."
+        )
+    gain = times["phi, arc-cosine"] / times["phi, Hadamard arc-cosine"]
+    lines.append(f"Hadamard: {gain:.1f} times the speed of the dense projection.")
+    return "\n".join(lines)
+
+
 def time_in_turns(
     fns: dict[str, Callable[[jax.Array], jax.Array]], x: jax.Array, rounds: int
 ) -> list[Row]:
@@ -138,21 +194,28 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     accelerated = jax.default_backend() != "cpu"
-    batch = _BATCH.value or (8192 if accelerated else 1024)
+    of_maps = _TABLE.value == "maps"
+    batch = _BATCH.value or (8192 if accelerated or of_maps else 1024)
     dtype = jnp.dtype(_DTYPE.value or ("bfloat16" if accelerated else "float32"))
-    d, o, m = _IN.value, _OUT.value, _FEATURES.value
-    x, fns = layers(jax.random.key(0), batch, d, o, m, dtype)
+    d, o = _IN.value, _OUT.value
+    m = _FEATURES.value or (1024 if of_maps else 64)
+    if of_maps:
+        x, fns = maps(jax.random.key(0), batch, d, m, dtype)
+        head = f"{d} -> {m} features"
+    else:
+        x, fns = layers(jax.random.key(0), batch, d, o, m, dtype)
+        head = f"{d} -> {o}"
     rows = time_in_turns(fns, x, _ROUNDS.value)
     dense = rows[0].median_ms
     environment = describe_environment()
-    print(f"{d} -> {o}, batch {batch}, {dtype.name}, {_ROUNDS.value} rounds")
+    print(f"{head}, batch {batch}, {dtype.name}, {_ROUNDS.value} rounds")
     print(", ".join(f"{name} {value}" for name, value in environment.items()))
     print(f"{'layer':26}{'median ms':>10}{'quartiles ms':>18}{'gain':>8}")
     for row in rows:
         quartiles = f"{row.low_ms:.2f} to {row.high_ms:.2f}"
         gain = f"{dense / row.median_ms:.1f}x"
         print(f"{row.name:26}{row.median_ms:10.2f}{quartiles:>18}{gain:>8}")
-    print(verdict(rows, f"SNNK ReLU, m={m}"))
+    print(map_verdict(rows, m) if of_maps else verdict(rows, f"SNNK ReLU, m={m}"))
     if _JSON.value:
         table = [dataclasses.asdict(row) for row in rows]
         write_json(_JSON.value, {"environment": environment, "rows": table})

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.train import AUGMENTATIONS
+from snnk_jax.projections import gaussian_names
 
 
 def base() -> ConfigDict:
@@ -182,7 +183,7 @@ _CHOICES = {
     "eval_split": ("val", "test"),
     "model.pool": ("cls", "mean"),
     "model.dtype": ("float32", "bfloat16"),
-    "adapter.projection": ("gaussian", "orthogonal"),
+    "adapter.projection": gaussian_names(),
     "data.augment": tuple(AUGMENTATIONS),
 }
 

@@ -294,7 +294,7 @@ def _wide(values: jax.Array) -> np.ndarray:
     return np.asarray(values, np.float64)
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Any) -> None:
     """Raises ValueError for a value that the experiment could not use."""
     studies = ("projections", "activations", "arccos", "exponential", "polynomial")
     choices: dict[str, Iterable[str]] = {

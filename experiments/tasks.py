@@ -136,6 +136,37 @@ def _cos_features(config: ConfigDict) -> snnk.features.FeatureMap:
     )
 
 
+def _gaussian_features(config: ConfigDict) -> snnk.features.FeatureMap:
+    return snnk.features.URF(
+        activation="gaussian",
+        num_features=config.adapter.num_features,
+        projection=config.adapter.projection,
+        scale=1.0,
+    )
+
+
+def _exp_features(config: ConfigDict) -> snnk.features.FeatureMap:
+    return snnk.features.Exponential(
+        num_features=config.adapter.num_features,
+        projection=config.adapter.projection,
+        scale=1.0,
+    )
+
+
+def _square_features(config: ConfigDict) -> snnk.features.FeatureMap:
+    return snnk.features.Polynomial(
+        coefficients=(1.0, 1.0, 1.0), num_features=config.adapter.num_features
+    )
+
+
+def _leaky_features(config: ConfigDict) -> snnk.features.FeatureMap:
+    return snnk.features.ArcCosine(
+        num_features=config.adapter.num_features,
+        projection=config.adapter.projection,
+        negative_slope=0.1,
+    )
+
+
 _ADAPTER = nnx.Any(AdapterParam, HEAD)
 
 METHODS: dict[str, Method] = {
@@ -163,6 +194,12 @@ METHODS: dict[str, Method] = {
     "snnk_factored": Method(
         "SNNK adapter, ReLU, factored", _snnk(_factored_features, True), _ADAPTER
     ),
+    "snnk_leaky": Method("SNNK adapter, leaky ReLU", _snnk(_leaky_features), _ADAPTER),
+    "snnk_gaussian": Method(
+        "SNNK adapter, Gaussian", _snnk(_gaussian_features), _ADAPTER
+    ),
+    "snnk_exp": Method("SNNK adapter, positive", _snnk(_exp_features), _ADAPTER),
+    "snnk_square": Method("SNNK adapter, quadratic", _snnk(_square_features), _ADAPTER),
     "full": Method("Full fine-tuning", _no_rules, nnx.Param, trained=".*"),
     "scratch": Method("From scratch", _no_rules, nnx.Param, trained=".*"),
 }

@@ -183,6 +183,7 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
     model = nnx.clone(base_model)
     if not jax.tree.leaves(nnx.state(model, AdapterParam)):
         model = _rebuild_modules(model, record["modules"])
+    model = _make_room(model, arrays)
     arrays = arrays | _draw(model, record)
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
@@ -262,7 +263,8 @@ def _describe_draw(
     """The key of a draw and probes of its values; None if the key draws others."""
     words = projection.key[...]
     drawn = _draw_values(projection, words)
-    if any(not np.array_equal(drawn[name], values[name]) for name in values):
+    same = drawn.keys() == values.keys()
+    if not same or any(not np.array_equal(drawn[k], values[k]) for k in values):
         return None
     return {
         "key": [int(word) for word in words],
@@ -274,6 +276,27 @@ def _draw_values(projection: Projection, words: Any) -> dict[str, np.ndarray]:
     key = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl="threefry2x32")
     values = projection.features.init(key, projection.dim, projection.param_dtype)
     return {name: np.asarray(value) for name, value in values.items()}
+
+
+def _make_room(model: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """Gives projections with stored values the leaves of the file.
+
+    Calibrated ones have others than the map draws.
+    """
+
+    def visit(parts: tuple[Any, ...], node: Any) -> Any:
+        if isinstance(node, Projection):
+            prefix = f"{path_name(parts)}/values/"
+            stored = {
+                name.removeprefix(prefix): jnp.asarray(value)
+                for name, value in arrays.items()
+                if name.startswith(prefix)
+            }
+            if stored and set(stored) != set(node.values):
+                node.calibrate(stored)
+        return node
+
+    return nnx.recursive_map(visit, model)
 
 
 def _draw(model: nnx.Module, record: dict[str, Any]) -> dict[str, np.ndarray]:

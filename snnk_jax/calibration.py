@@ -20,7 +20,7 @@ _METRIC_GAIN = 0.97
 
 
 def balance(
-    features: TowerFeatures,
+    features: FeatureMap,
     params: Params,
     x: Float[Array, "n d"],
     kernel: Float[Array, "d o"],

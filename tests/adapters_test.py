@@ -165,6 +165,35 @@ def test_projections_are_named_by_key_unless_they_were_changed(base, tmp_path, s
     np.testing.assert_array_equal(loaded(IMAGES), model(IMAGES))
 
 
+def test_a_calibrated_projection_is_stored_whole(base, tmp_path):
+    balanced = snnk.features.URF(activation="cos", num_features=8)
+    rules = [snnk.SwapRule(path=r".*/mlp", build=snnk_build(balanced))]
+    model, _ = snnk.swap_modules(base, rules, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, 16)) / np.arange(1, 17) ** 2, jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
+    projection = model.blocks[0].mlp.adapter.projection
+    params = projection.params
+    given = {
+        **{k: v for k, v in params.items() if k != "scale"},
+        "mean": x.mean(axis=0),
+        "metric": jnp.eye(16) * 0.5,
+        "dual_metric": jnp.eye(16) * 2,
+        "stretch": jnp.ones(16),
+    }
+    projection.calibrate(given)
+    projection.features.psi(projection.params, kernel)
+    path = tmp_path / "adapter.safetensors"
+    print_of_base = adapters.fingerprint(base)
+    adapters.save_adapter(path, model, base_fingerprint=print_of_base)
+    loaded = adapters.load_adapter(path, base)
+    found = loaded.blocks[0].mlp.adapter.projection.params
+    assert found.keys() == given.keys()
+    jax.tree.map(np.testing.assert_array_equal, found, given)
+    image = jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
+    np.testing.assert_array_equal(loaded(image), model(image))
+
+
 def test_the_file_is_kilobytes_however_wide_the_projection(tmp_path):
     wide = make_base(hidden_size=128, mlp_dim=128)
     fm = snnk.features.ArcCosine(num_features=16)

@@ -139,8 +139,8 @@ def test_saved_and_loaded_adapters_give_the_same_bits(tmp_path):
     np.testing.assert_array_equal(loaded(x), model(x))
 
 
-# 5
-def test_a_call_touches_no_random_state(features):
+# 5; unchecked, since beartype draws the items that it looks at
+def test_a_call_touches_no_random_state(features, unchecked):
     rngs = nnx.Rngs(params=0, projection=1, dropout=2)
     layer = snnk.nn.SNNKDense(8, 5, features=features, rngs=rngs)
 
@@ -150,7 +150,7 @@ def test_a_call_touches_no_random_state(features):
         return random.getstate(), str(np.random.get_state()), counts  # noqa: NPY002
 
     x = unit(0, 4, 8)
-    layer(x)  # JAX itself draws a number where it compiles
+    layer(x)  # compiling may draw
     before = state()
     np.testing.assert_array_equal(layer(x), layer(x))
     assert state() == before
@@ -255,13 +255,15 @@ def test_shaped_features_estimate_their_kernel(dim):
     kappa = 1.0
     shape = snnk.features.Exponential.best_shape(kappa, dim)
     assert shape < 0
-    fm = snnk.features.Exponential(num_features=4096, shape=shape, scale=1.0)
+    fm = snnk.features.Exponential(
+        num_features=4096, shape=shape, scale=1.0, projection="gaussian"
+    )
     x = unit(1, 40, dim)
     kernel = x[:20].T  # among the products are 20 of one
     exact = jnp.exp(x @ kernel)
     estimate = snnk.snnk_dense(fm, fm.init(jax.random.key(0), dim), x, kernel)
-    assert rmse(estimate, exact) < 0.15
-    assert correlation(estimate, exact) > 0.8
+    assert rmse(estimate, exact) < 0.12
+    assert correlation(estimate, exact) > 0.95
 
 
 # 11: drawn uniformly, the error stayed at .54 for every m
@@ -392,7 +394,7 @@ def test_polynomials_have_their_constant_and_linear_term(sketch):
 
 
 # 22: weights divided by d^(1/4) twice, inputs by d
-@pytest.mark.parametrize("scale", [None, 0.6, 1.0, 1.6])
+@pytest.mark.parametrize("scale", [None, 1.0, 1.4, 2.0])
 def test_the_scale_changes_the_noise_and_not_the_layer(scale):
     linear = nnx.Linear(4, 5, use_bias=False, rngs=nnx.Rngs(0))
     linear.kernel[...] = 1.2 * unit(1, 5, 4).T

@@ -30,7 +30,7 @@ CORE = {
 FLAX = {
     "nn": {
         *("typing", "activations", "projections", "features", "ops"),
-        *("diagnostics", "surgery"),
+        *("calibration", "diagnostics", "surgery"),
     },
     "surgery": {"typing"},
     "models": {"typing", "_files"},

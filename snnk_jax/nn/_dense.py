@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from snnk_jax.calibration import balance
 from snnk_jax.features import FeatureMap
 from snnk_jax.nn._projection import Projection, projection_key
 from snnk_jax.ops import contract
@@ -73,15 +74,28 @@ class SNNKDense(nnx.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nnx.Linear, *, features: FeatureMap, rngs: nnx.Rngs
+        cls,
+        linear: nnx.Linear,
+        *,
+        features: FeatureMap,
+        x: Float[Array, "*b d"] | None = None,
+        rngs: nnx.Rngs,
     ) -> "SNNKDense":
         r"""Builds the layer that estimates ``f(linear(x))``.
 
         The readout is :math:`\Psi(W, b)` of the given weights, the extra bias is left
         out. The random directions are drawn from ``rngs.projection``.
 
+        Args:
+          linear: the pretrained layer.
+          features: a map with :math:`E[\Phi\Psi] = f(xW + b)`.
+          x: sample inputs of the layer, to which the map is balanced
+            (:func:`snnk_jax.calibration.balance`); None leaves it as drawn.
+          rngs: random stream ``projection``.
+
         Raises:
-          ValueError: if the Linear has a bias and the feature map cannot carry one.
+          ValueError: if the Linear has a bias and the feature map cannot carry one, or
+            ``x`` is given for a map that cannot be balanced.
 
         Example:
           >>> import snnk_jax as snnk
@@ -103,8 +117,13 @@ class SNNKDense(nnx.Module):
             readout_init=nnx.initializers.zeros_init(),
             rngs=rngs,
         )
+        kernel = linear.kernel[...]
         bias = None if linear.bias is None else linear.bias[...]
-        psi = features.psi(layer.projection.params, linear.kernel[...], bias)
+        if x is not None:
+            rows = x.reshape(-1, linear.in_features)
+            params = layer.projection.params
+            layer.projection.calibrate(balance(features, params, rows, kernel, bias))
+        psi = features.psi(layer.projection.params, kernel, bias)
         layer.readout[...] = psi
         return layer
 

@@ -1,5 +1,7 @@
 """A feature map with its frozen randomness, as a module."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -44,8 +46,15 @@ class Projection(nnx.Module):
         self.dim = dim
         self.param_dtype = param_dtype
         self.key = RandomProjection(projections.key_words(key))
-        values = features.init(key, dim, param_dtype)
-        self.values = nnx.Dict({k: RandomProjection(v) for k, v in values.items()})
+        self.values = _variables(features.init(key, dim, param_dtype))
+
+    def calibrate(self, params: Params) -> None:
+        """Takes other parameters for the same map and width, balanced ones say.
+
+        See :func:`snnk_jax.calibration.balance`. The key no longer draws them, so a
+        file of :func:`snnk_jax.adapters.save_adapter` holds the values themselves.
+        """
+        self.values = _variables(params)
 
     @property
     def params(self) -> Params:
@@ -57,3 +66,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         return self.features.phi(self.params, x)
+
+
+def _variables(params: Params) -> Any:
+    return nnx.Dict({name: RandomProjection(value) for name, value in params.items()})

@@ -94,9 +94,7 @@ def test_importance_lowers_the_error():
     z = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
     errors = []
     for importance in (False, True):
-        features = make(
-            "sech", 0.7, 4096, importance=importance, projection="gaussian"
-        )
+        features = make("sech", 0.7, 4096, importance=importance, projection="gaussian")
         values = estimates(features, x, kernel, keys=16)
         errors.append(np.sqrt(np.mean((values - 1 / np.cosh(z)) ** 2)))
     plain, tilted = errors
