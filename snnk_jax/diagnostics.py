@@ -335,7 +335,8 @@ class LayerReport:
     Attributes:
       kappa: of the layer.
       spread: standard deviation of the outputs over the samples.
-      affine: relative error of the exact affine map.
+      tangent: relative error of the exact affine map at the mean input.
+      affine: relative error of the affine map fitted on samples, leave-one-out.
       random: predicted relative error of balanced random features, Psi(W, b).
       calibrated: relative error of a readout fitted on samples, leave-one-out.
       num_features: m of both.
@@ -346,6 +347,7 @@ class LayerReport:
 
     kappa: Kappa
     spread: float
+    tangent: float
     affine: float
     random: float
     calibrated: float
@@ -365,8 +367,8 @@ def layer_report(
     r"""Judges one layer: what carries :math:`f(xW + b)` within a relative error.
 
     Errors are relative to the spread of each output over the samples. Random features
-    are balanced, with an exact affine part and shrinkage; the calibrated readout is
-    that of ReLU features with an affine part, of the same m.
+    are balanced, with shrinkage; the calibrated readout is that of ReLU features. Both
+    have m columns, of which the affine part takes d + 1 where m is twice that.
 
     Args:
       activation: f, by name, row or function.
@@ -397,31 +399,35 @@ def layer_report(
     target = kernels.ffl(row, x, kernel, bias)
     spread = float(jnp.sqrt(jnp.mean(jnp.var(target, axis=0))))
     unit = spread or 1.0
-    affine = affine_rmse(row, x, kernel, bias) / unit
+    tangent = affine_rmse(row, x, kernel, bias) / unit
+    ones = jnp.ones((len(x), 1), x.dtype)
+    affine = math.sqrt(max(0.0, 1 - block_linearity(x, target).total_r2))
     random = math.inf
-    try:
+    wide = num_features >= 2 * (dim + 1)
+    if row.coefficients[2:] or not row.coefficients:  # affine functions have no waves
         features = URF(
             activation=row,
             num_features=num_features,
             spectrum="auto" if row.atoms else "series",
-            exact_degree=1,
+            exact_degree=1 if wide else 0,
             shrinkage=True,
             kappa=max(min(sizes.balanced, 20.0), 1e-3),
         )
-        params = features.init(jax.random.key(_SEED), dim)
-    except ValueError:
-        pass  # too narrow for an exact affine part, or an affine activation
-    else:
-        params = calibration.balance(features, params, x, kernel, bias)
-        random = predicted_rmse(features, params, x, kernel, bias) / unit
-    relu = ArcCosine(num_features=max(1, num_features - dim - 1))
-    columns = relu.phi(relu.init(jax.random.key(_SEED), dim), x)
-    affine_columns = [jnp.ones((len(x), 1), x.dtype), x]
-    _, fit = calibration.fit_linear(
-        jnp.concatenate([*affine_columns, columns], axis=1), target
+        try:
+            params = features.init(jax.random.key(_SEED), dim)
+        except ValueError:
+            pass  # fewer columns than the linear part of the series takes
+        else:
+            params = calibration.balance(features, params, x, kernel, bias)
+            random = predicted_rmse(features, params, x, kernel, bias) / unit
+    columns = [ones, x] if wide else [ones]
+    relu = ArcCosine(
+        num_features=max(1, num_features - sum(c.shape[1] for c in columns))
     )
+    columns.append(relu.phi(relu.init(jax.random.key(_SEED), dim), x))
+    _, fit = calibration.fit_linear(jnp.concatenate(columns, axis=1), target)
     calibrated = math.sqrt(max(0.0, 1 - fit.total_loo_r2))
-    if affine <= tolerance:
+    if min(tangent, affine) <= tolerance:
         verdict = "affine"
     elif random <= tolerance:
         verdict = "random"
@@ -429,4 +435,5 @@ def layer_report(
         verdict = "calibrated"
     else:
         verdict = "leave"
-    return LayerReport(sizes, spread, affine, random, calibrated, num_features, verdict)
+    errors = (tangent, affine, random, calibrated)
+    return LayerReport(sizes, spread, *errors, num_features, verdict)

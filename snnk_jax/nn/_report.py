@@ -146,8 +146,8 @@ def model_report(
     carries :math:`f(xW + b)` within a relative error: random features, whose variance
     grows as :math:`e^{2\kappa} / m` (:func:`snnk_jax.diagnostics.kappa`,
     :func:`snnk_jax.diagnostics.predicted_rmse`); a readout fitted on these inputs
-    (:func:`snnk_jax.calibration.fit_linear`); the affine map around the mean input
-    (:func:`snnk_jax.diagnostics.affine_rmse`); or none of them. A layer that is called
+    (:func:`snnk_jax.calibration.fit_linear`); an affine map fitted on them
+    (:func:`snnk_jax.diagnostics.block_linearity`); or none of them. A layer that is called
     several times is judged on the inputs of all its calls.
 
     Args:
@@ -159,9 +159,9 @@ def model_report(
         function. The first expression that matches a path counts.
       max_samples: rows used for each layer, evenly spread over all it got.
       num_features: m; None takes for each layer the largest that is still cheaper,
-        ``d o / (d + o)``. That is below the d + 1 columns of an exact affine part, so
-        that ``random`` is infinite and ``calibrated`` little more than a fitted affine
-        map: name a larger m to learn what features would achieve.
+        ``d o / (d + o)``. That is below the d + 1 columns of an exact affine part,
+        without which ``random`` is large, or infinite for functions like GELU with a
+        linear part of their own: name a larger m to learn what features would achieve.
       tolerance: the relative error that is good enough.
       **call_kwargs: handed to the model.
 

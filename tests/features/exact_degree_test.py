@@ -19,6 +19,7 @@ MAPS = {
     "exp": Exponential(num_features=64, scale=1.0),
 }
 each_map = pytest.mark.parametrize("name", MAPS)
+each_kind = pytest.mark.parametrize("name", ["cos", "gelu", "exp"])
 each_degree = pytest.mark.parametrize("degree", [0, 1, 2])
 
 
@@ -72,7 +73,7 @@ def test_error_falls_with_the_next_power_of_the_norm(name, degree):
     assert large / small == pytest.approx(10 ** (degree + 1), rel=0.2)
 
 
-@each_map
+@each_kind
 @each_degree
 def test_taylor_part_at_zero_is_that_of_the_function(name, degree):
     with jax.enable_x64(True):
@@ -93,7 +94,7 @@ def test_taylor_part_at_zero_is_that_of_the_function(name, degree):
                 assert not np.allclose(*values, rtol=1e-3, atol=1e-4)
 
 
-@each_map
+@each_kind
 @each_degree
 def test_random_columns_have_no_lower_taylor_part(name, degree):
     with jax.enable_x64(True):
@@ -205,7 +206,7 @@ def test_a_series_with_a_slope_carries_its_affine_part():
         assert len(layout.counts) == len(make("gelu", degree).series.atoms)
 
 
-@each_map
+@each_kind
 @each_degree
 def test_exact_columns_come_first_and_are_the_monomials(name, degree):
     features = make(name, degree)

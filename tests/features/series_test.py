@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import jax
@@ -151,7 +152,7 @@ def test_amplification_predicts_the_noise():
 @each_activation
 def test_more_terms_are_never_much_worse(name):
     l2 = [fit(name, num_terms).l2_error for num_terms in range(1, 17)]
-    for fewer, more in zip(l2, l2[1:], strict=False):
+    for fewer, more in itertools.pairwise(l2):
         assert more <= 1.02 * fewer + 1e-4
     assert l2[-1] < 0.3 * l2[1]
 

@@ -48,7 +48,8 @@ def judged(monkeypatch):
 
     def stub(activation, x, kernel, bias, **options):
         calls.append((activation.name, x, kernel, bias, options))
-        return LayerReport(Kappa(2.0, 1.0, 0.5), 1.0, 0.4, 0.3, 0.2, 7, "calibrated")
+        errors = (0.5, 0.4, 0.3, 0.2)
+        return LayerReport(Kappa(2.0, 1.0, 0.5), 1.0, *errors, 7, "calibrated")
 
     monkeypatch.setattr(_report, "layer_report", stub)
     return calls
@@ -144,7 +145,7 @@ def test_says_what_layer_report_says():
         kernel, bias = linear.kernel[...], linear.bias[...]
         expected = layer_report("gelu", x, kernel, bias, num_features=24)
         assert row.verdict == expected.verdict
-        for name in ("spread", "affine", "random", "calibrated", "num_features"):
+        for name in ("spread", "tangent", "affine", "random", "calibrated", "num_features"):
             np.testing.assert_allclose(
                 getattr(row, name), getattr(expected, name), rtol=1e-3, err_msg=name
             )
@@ -236,7 +237,7 @@ def test_wrong_samples():
 
 def layer(verdict, random, num_features=102):
     kappa = Kappa(raw=27.34, balanced=3.2109, spread=0.25)
-    return LayerReport(kappa, 0.5, 0.921, random, 0.0804, num_features, verdict)
+    return LayerReport(kappa, 0.5, 1.1, 0.921, random, 0.0804, num_features, verdict)
 
 
 def test_the_table():
