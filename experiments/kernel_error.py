@@ -94,7 +94,7 @@ class Job:
     num_features: int
     features: FeatureMap
     with_bias: bool = False
-    calibrate: str = ""  # "", "balance" or "readout"
+    calibrate: str = ""  # "", "references", "balance" or "readout"
 
     @property
     def name(self) -> str:
@@ -159,7 +159,9 @@ def _activations(config: ConfigDict, regime: str, m: int) -> Iterable[Job]:
         shrunk = dataclasses.replace(exact, shrinkage=True)
         yield job
         yield dataclasses.replace(job, label="exact 1", features=exact)
-        yield dataclasses.replace(job, label="exact 1, shrunk", features=shrunk)
+        yield dataclasses.replace(
+            job, label="exact 1, shrunk", features=shrunk, calibrate="references"
+        )
         yield dataclasses.replace(
             job,
             label=f"exact 1, shrunk {BALANCED}",
@@ -225,6 +227,8 @@ def measure(job: Job, layer: Layer, config: ConfigDict) -> dict[str, Any]:
         params = snnk.calibration.balance(
             fm, params, layer.calibration, layer.kernel, bias
         )
+    if job.calibrate == "references":
+        params = snnk.calibration.set_references(fm, params, layer.calibration)
     keys = config.readout_draws if readout else config.draws
     squares = []
     for seed in range(keys):

@@ -90,8 +90,7 @@ def balance(
     weights = np.asarray(kernel, np.float64)
     start = dict(params)
     if features.shrinkage:
-        step = max(1, len(data) // _NUM_REFERENCES)
-        start["reference"] = x[::step][:_NUM_REFERENCES].astype(dtype)
+        start = set_references(features, params, x)
     free = {
         name: value
         for name, value in start.items()
@@ -128,6 +127,34 @@ def balance(
     if errors[best] >= _METRIC_GAIN**2 * min(plain):
         best = int(np.argmin(plain))
     return candidates[best]
+
+
+def set_references(
+    features: FeatureMap, params: Params, x: Float[Array, "n d"]
+) -> Params:
+    """Makes samples the inputs on which shrinkage is judged, at most 256 of them.
+
+    :func:`balance` does it as well; this leaves the scaling as it is. Inputs whose
+    scaled norm exceeds all references' are damped.
+
+    Raises:
+      ValueError: for a map without shrinkage, or samples that are not finite.
+
+    Example:
+      >>> import jax
+      >>> import snnk_jax as snnk
+      >>> fm = snnk.features.URF(activation="cos", num_features=64, shrinkage=True)
+      >>> params = fm.init(jax.random.key(0), 8)
+      >>> x = jax.random.normal(jax.random.key(1), (100, 8))
+      >>> snnk.calibration.set_references(fm, params, x)["reference"].shape
+      (100, 8)
+    """
+    if not isinstance(features, TowerFeatures) or not features.shrinkage:
+        raise ValueError(f"features must have shrinkage=True. Got {features}.")
+    _check_samples(x, "x")
+    step = max(1, len(x) // _NUM_REFERENCES)
+    reference = x[::step][:_NUM_REFERENCES].astype(params["reference"].dtype)
+    return _capped(features, {**params, "reference": reference}, 1.0)
 
 
 def _capped(features: TowerFeatures, params: Params, quantile: float) -> Params:

@@ -124,7 +124,7 @@ def test_moments_agree_and_are_the_nuclear_norm():
     np.testing.assert_allclose(np.trace(u), kappa, rtol=0.01)
 
 
-@pytest.mark.parametrize("name", ["cos", "cos_exact", "exp", "sech"])
+@pytest.mark.parametrize("name", ["cos", "cos_exact", "exp"])
 def test_balanced_maps_are_unbiased(name):
     fields = {"projection": "gaussian", "kappa": 0.5}
     features = dataclasses.replace(MAPS[name], **fields)
@@ -132,7 +132,7 @@ def test_balanced_maps_are_unbiased(name):
     bias = bias / 4
     params = features.init(jax.random.key(0), WIDTH)
     params = balance(features, params, x, kernel, bias)
-    assert "metric" in params or name == "sech"
+    assert "metric" in params
     x, kernel, bias = x[:4], kernel[:, :3], bias[:3]
 
     def one(key):

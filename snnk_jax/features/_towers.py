@@ -90,7 +90,9 @@ class TowerFeatures(FeatureMap):
       shrinkage: multiply the random part of each output, frequency by frequency, by
         the factors in [0, 1] that minimise the squared error on reference inputs:
         isotropic ones with :math:`\lVert x\rVert = \sqrt\kappa / c`, or samples, see
-        :func:`snnk_jax.calibration.balance`. Beyond the norms of the references (a
+        :func:`snnk_jax.calibration.balance` and
+        :func:`snnk_jax.calibration.set_references`; only samples of the actual inputs
+        make it a promise for them. Beyond the norms of the references (a
         half more in :math:`\lVert x\rVert^2`, or their upper tenth) the random
         columns are damped by :math:`e^{-\text{excess}/2}`, so that they stay finite
         at any norm. The map is then biased, and with ``exact_degree=1`` no worse than
@@ -211,6 +213,12 @@ class TowerFeatures(FeatureMap):
     def _max_rate(self, params: Params) -> Array:
         rates = params.get("rates", jnp.asarray(self.terms.rates or (1.0,)))
         return jnp.max(rates.astype(jnp.float32))
+
+    def redraw(self, params: Params, key: PRNGKeyArray, dim: int) -> Params:
+        """Draws the random parts of ``params`` anew and keeps what was calibrated."""
+        fresh = super().redraw(params, key, dim)
+        kept = {name: params[name] for name in _CALIBRATED if name in params}
+        return {name: kept.get(name, fresh[name]) for name in params}
 
     def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         """Maps inputs to features."""
