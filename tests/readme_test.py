@@ -19,6 +19,13 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     assert (tmp_path / "adapter.safetensors").is_file()
 
 
+@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)
+def test_the_python_blocks_of_the_guides_run(document):
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.S):
+        exec(block, names)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):

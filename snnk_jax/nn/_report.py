@@ -147,8 +147,8 @@ def model_report(
     grows as :math:`e^{2\kappa} / m` (:func:`snnk_jax.diagnostics.kappa`,
     :func:`snnk_jax.diagnostics.predicted_rmse`); a readout fitted on these inputs
     (:func:`snnk_jax.calibration.fit_linear`); an affine map fitted on them
-    (:func:`snnk_jax.diagnostics.block_linearity`); or none of them. A layer that is called
-    several times is judged on the inputs of all its calls.
+    (:func:`snnk_jax.diagnostics.block_linearity`); or none of them. A layer that is
+    called several times is judged on the inputs of all its calls.
 
     Args:
       model: any NNX model, in the mode you want it judged in: ``model.eval()`` first if

@@ -145,7 +145,14 @@ def test_says_what_layer_report_says():
         kernel, bias = linear.kernel[...], linear.bias[...]
         expected = layer_report("gelu", x, kernel, bias, num_features=24)
         assert row.verdict == expected.verdict
-        for name in ("spread", "tangent", "affine", "random", "calibrated", "num_features"):
+        for name in (
+            "spread",
+            "tangent",
+            "affine",
+            "random",
+            "calibrated",
+            "num_features",
+        ):
             np.testing.assert_allclose(
                 getattr(row, name), getattr(expected, name), rtol=1e-3, err_msg=name
             )
