@@ -444,18 +444,21 @@ def _study_table(rows: list[dict[str, Any]], key: str) -> str:
 
 def _prediction_table(rows: list[dict[str, Any]]) -> str:
     """Predicted over measured error, by map: how far the diagnostics are right."""
-    ratios: dict[str, list[float]] = {}
+    ratios: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         predicted = row.get("predicted")
         if predicted is not None and math.isfinite(predicted * row["to_spread"]):
-            ratios.setdefault(row["label"], []).append(predicted / row["to_spread"])
+            small = REGIMES[row["regime"]].kappa <= 2
+            name = (row["label"], "at most 2" if small else "4 and more")
+            ratios.setdefault(name, []).append(predicted / row["to_spread"])
     lines = []
-    for label, values in ratios.items():
+    for name, values in ratios.items():
         within = np.mean(np.abs(np.array(values) - 1) <= 0.15)
         quantiles = np.quantile(values, (0.0, 0.5, 1.0))
-        lines.append([label, *(f"{q:.2f}" for q in quantiles), f"{within:.0%}"])
-    header = ["predicted / measured", "least", "median", "largest", "within 15 %"]
-    return _markdown(header, lines)
+        cells = (f"{q:.2f}" if q > 0.005 else f"{q:.0e}" for q in quantiles)
+        lines.append([*name, *cells, f"{within:.0%}"])
+    header = ["predicted / measured", "kappa", "least", "median", "largest"]
+    return _markdown([*header, "within 15 %"], lines)
 
 
 def _curves(

@@ -135,7 +135,8 @@ def set_references(
     """Makes samples the inputs on which shrinkage is judged, at most 256 of them.
 
     :func:`balance` does it as well; this leaves the scaling as it is. Inputs whose
-    scaled norm exceeds all references' are damped.
+    scaled norm is among the upper tenth of the references' or beyond are damped: such
+    outliers would be all noise.
 
     Raises:
       ValueError: for a map without shrinkage, or samples that are not finite.
@@ -154,7 +155,7 @@ def set_references(
     _check_samples(x, "x")
     step = max(1, len(x) // _NUM_REFERENCES)
     reference = x[::step][:_NUM_REFERENCES].astype(params["reference"].dtype)
-    return _capped(features, {**params, "reference": reference}, 1.0)
+    return _capped(features, {**params, "reference": reference}, 0.9)
 
 
 def _capped(features: TowerFeatures, params: Params, quantile: float) -> Params:
