@@ -40,10 +40,12 @@ def log_curves(
     """
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.4 * lines + 1), squeeze=False
-    )
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    legend = 0.25 * -(-len(names) // 5) + 0.3  # inches
+    height = 3.4 * lines + legend
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, height), squeeze=False
+    )
     handles: dict[str, Any] = {}
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for name, points in curves.items():
@@ -60,13 +62,17 @@ def log_curves(
                 linewidth=1.2,
             )
         axis.set(xscale="log", yscale="log", title=title, xlabel="features m")
-        axis.set_ylim(top=min(axis.get_ylim()[1], 1e3))
-        axis.grid(alpha=0.3, which="both")
+        # What is far above every predictor need not be told apart.
+        axis.set_ylim(top=min(axis.get_ylim()[1], 30))
+        ticks = sorted({x for points in curves.values() for x, _ in points})
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     axes[0][0].set_ylabel(ylabel)
     figure.legend(handles.values(), handles.keys(), ncols=5, loc="lower center")
-    figure.tight_layout(rect=(0, 0.06 + 0.1 / lines, 1, 1))
+    figure.tight_layout(rect=(0, legend / height, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
