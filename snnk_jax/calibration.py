@@ -100,9 +100,11 @@ def balance(
     centred = data - mean
     sizes = np.sqrt([np.mean(weights**2), np.mean(centred**2)])
     cast = lambda tree: {k: jnp.asarray(v, dtype) for k, v in tree.items()}  # noqa: E731
-    scale = np.sqrt(sizes[0] / max(sizes[1], np.finfo(np.float64).tiny))
+    # Nothing to scale where all inputs are the same, or all weights zero.
+    flat = sizes[1] <= 1e-6 * np.sqrt(np.mean(data**2)) or sizes[0] == 0
+    scale = params.get("scale", 1.0) if flat else np.sqrt(sizes[0] / sizes[1])
     rescaled = free | cast({"mean": mean, "scale": scale})
-    metrics = _metrics(features, params, centred, weights)
+    metrics = [] if flat else _metrics(features, params, centred, weights)
     candidates = [start, rescaled]
     candidates += [free | cast({"mean": mean} | metric) for metric in metrics]
     if features.shrinkage:
@@ -341,29 +343,36 @@ def fit_linear(
     y = np.asarray(targets, np.float64)
     num = len(y)
     # columns = U S V^T by the smaller of its Gram matrices.
-    tall = columns.shape[0] >= columns.shape[1]
+    tall = columns.shape[0] > columns.shape[1]
     gram = columns.T @ columns if tall else columns @ columns.T
     values, vectors = np.linalg.eigh(gram)
     keep = values > values[-1] * len(values) * np.finfo(np.float64).eps
     values, vectors = values[keep], vectors[:, keep]
     left = columns @ vectors / np.sqrt(values) if tall else vectors
     moments = left.T @ y
-    outside = np.sum(y**2) - np.sum(moments**2)
+    outside = y - left @ moments
+
+    def kept_back(penalty: float) -> tuple[np.ndarray, float]:
+        """1 - H on the columns' directions, and off them; up to a common factor."""
+        if len(values) == num:  # the factor of l2 cancels, and with it the digits
+            return 1 / (values + penalty), 0.0
+        return penalty / (values + penalty), 1.0
 
     def score(penalty: float) -> float:
-        shrunk = penalty / (values + penalty)
-        residual = outside + np.sum((shrunk[:, None] * moments) ** 2)
-        free = 1 - np.sum(1 - shrunk) / num
-        return residual / num / max(free, 1e-12) ** 2
+        inside, off = kept_back(penalty)
+        residual = off * np.sum(outside**2) + np.sum((inside[:, None] * moments) ** 2)
+        free = off * (num - len(values)) + np.sum(inside)
+        return num * residual / free**2
 
     if l2 is None:
         grid = values[-1] * np.logspace(-12, 2, 113)
         l2 = float(grid[np.argmin([score(penalty) for penalty in grid])])
     kept = values / (values + l2)
-    fitted = left @ (kept[:, None] * moments)
-    leverage = np.minimum((left**2) @ kept, 1 - 1e-9)
-    residual = y - fitted
-    loo = residual / (1 - leverage)[:, None]
+    residual = y - left @ (kept[:, None] * moments)
+    inside, off = kept_back(l2)
+    back = off * outside + left @ (inside[:, None] * moments)
+    free = off * (1 - np.sum(left**2, axis=1)) + (left**2) @ inside
+    loo = back / np.maximum(free, np.finfo(np.float64).eps)[:, None]
     if tall:
         psi = vectors @ (moments * np.sqrt(values)[:, None] / (values + l2)[:, None])
     else:

@@ -237,7 +237,12 @@ def suggest_num_features(
             reason = f"the affine map alone reaches {affine:.3g}; " + reason
         return Suggestion(num, rmse, sizes, affine, features, params, reason)
     if not tried:
-        tried.append((smallest, *attempt(smallest)))
+        rmse, features, params = attempt(smallest)
+        reason = (
+            f"max_num_features {max_num_features} is below {smallest}, the smallest "
+            f"map tried for inputs of width {dim}, which reaches {rmse:.3g}."
+        )
+        return Suggestion(None, rmse, sizes, affine, features, params, reason)
     num, rmse, features, params = min(tried, key=lambda result: result[1])
     reason = _why_infeasible(row, features, sizes, rmse, num, target_rmse, x, kernel)
     return Suggestion(None, rmse, sizes, affine, features, params, reason)
