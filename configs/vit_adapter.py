@@ -64,7 +64,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "snnk_leaky": 0.02,
             "snnk_gaussian": 0.02,
             "snnk_exp": 0.02,
-            "snnk_square": 0.02,
+            "snnk_square": 0.1,
         },
         batch_size=64,
         steps=300,
