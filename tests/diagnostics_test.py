@@ -216,6 +216,7 @@ def test_suggested_number_reaches_the_target(activation, size, power, target):
     assert predicted_rmse(fewer, params, x[:1000], kernel, bias) > target
 
 
+@pytest.mark.slow
 def test_a_large_kappa_is_infeasible_and_said_so():
     x, kernel, _ = make_layer(10.0)
     found = suggest_num_features(
@@ -334,6 +335,7 @@ def test_linearity_of_linear_and_nonlinear_blocks():
 # Verdicts.
 
 
+@pytest.mark.slow
 def test_small_kappa_is_affine():
     x, kernel, bias = make_layer(0.5, num=1000, outputs=64)
     report = layer_report("gelu", x, kernel, bias, num_features=64)
@@ -353,6 +355,7 @@ def test_decaying_spectra_are_carried_by_random_features():
     assert report.num_features == 256
 
 
+@pytest.mark.slow
 def test_a_fitted_readout_carries_what_random_features_do_not():
     x, kernel, bias = make_layer(10.0, num=1500, outputs=64)
     report = layer_report("relu", x, kernel, bias, num_features=200)

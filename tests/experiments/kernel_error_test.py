@@ -83,6 +83,18 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     assert (tmp_path / "projections.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
+def test_the_quicktest_does_something_of_everything(tmp_path):
+    config = load_config("configs/kernel_error.py:quicktest")
+    rows = kernel_error.run(config, tmp_path, "command")
+    assert {row["study"] for row in rows} == set(config.studies)
+    report = (tmp_path / "report.md").read_text()
+    for study in config.studies:
+        assert f"## {study}" in report
+        assert (tmp_path / f"{study}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 def test_balancing_and_shrinkage_show(tmp_path):
     config = quick(studies=("activations",), num_features=(64,), activations=("gelu",))
     rows = kernel_error.run(config, tmp_path)

@@ -34,6 +34,10 @@ TRAINED = {
     "bitfit": DIM + DEPTH * (4 * DIM + 512 + DIM + 2 * DIM) + DIM,
     "snnk_relu": 2 * DEPTH * (16 + 1) * DIM,
     "snnk_cos": 2 * DEPTH * (16 + 1) * DIM,
+    "snnk_leaky": 2 * DEPTH * (16 + 1) * DIM,
+    "snnk_gaussian": 2 * DEPTH * (16 + 1) * DIM,
+    "snnk_exp": 2 * DEPTH * (16 + 1) * DIM,
+    "snnk_square": 2 * DEPTH * (16 + 1) * DIM,
     "snnk_factored": 2 * DEPTH * 8 * (128 + DIM),
 }
 

