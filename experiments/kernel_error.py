@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 import snnk_jax as snnk
 from experiments import plots
 from experiments.metrics import Progress, write_json
+from experiments.report import markdown
 from experiments.runner import claim, describe_environment
 from snnk_jax._files import write_atomic
 from snnk_jax.features import URF, ArcCosine, Exponential, FeatureMap, Polynomial
@@ -381,7 +382,7 @@ def _report(
         [name, *(f"{value:.3g}" for value in size.values())]
         for name, size in sizes.items()
     ]
-    parts.append(_markdown(["regime", "kappa", "balanced", "rms of w.x"], size_rows))
+    parts.append(_table(["regime", "kappa", "balanced", "rms of w.x"], size_rows))
     for study in config.studies:
         mine = [row for row in rows if row["study"] == study]
         if not mine:
@@ -439,7 +440,7 @@ def _study_table(rows: list[dict[str, Any]], key: str) -> str:
             line[row["regime"]] = _number(row["constant"])
     order = sorted(cells, key=lambda name: (name[0], name[2] != "", name[1]))
     lines = [[*name, *(cells[name].get(r, "") for r in regimes)] for name in order]
-    return _markdown(["f", "map", "m", *regimes], lines)
+    return _table(["f", "map", "m", *regimes], lines)
 
 
 def _prediction_table(rows: list[dict[str, Any]]) -> str:
@@ -458,7 +459,7 @@ def _prediction_table(rows: list[dict[str, Any]]) -> str:
         cells = (f"{q:.2f}" if q > 0.005 else f"{q:.0e}" for q in quantiles)
         lines.append([*name, *cells, f"{within:.0%}"])
     header = ["predicted / measured", "kappa", "least", "median", "largest"]
-    return _markdown([*header, "within 15 %"], lines)
+    return _table([*header, "within 15 %"], lines)
 
 
 def _curves(
@@ -488,13 +489,5 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if value < 100 else f"{value:.0e}"
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    table = [header, *lines]
-    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-
-    def text(cells: list[str]) -> str:
-        padded = [c.ljust(w) for c, w in zip(cells, widths, strict=True)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "| " + " | ".join("-" * width for width in widths) + " |"
-    return "\n".join([text(header), rule, *map(text, lines)])
+def _table(header: list[str], lines: list[list[str]]) -> str:
+    return markdown([header, *lines], left=len(header))

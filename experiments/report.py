@@ -71,16 +71,21 @@ def markdown_table(table: Sequence[dict[str, Any]]) -> str:
                 f"{row['seconds']:.0f}",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    return markdown(lines, left=1)
+
+
+def markdown(lines: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table, its first line the header; ``left`` columns are of text."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def text(cells: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return "| " + " | ".join(padded) + " |"
 
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join([text(lines[0]), text(rule), *map(text, lines[1:])])
 
 

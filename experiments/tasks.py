@@ -119,38 +119,22 @@ def _factored_features(config: ConfigDict) -> snnk.features.FeatureMap:
     )
 
 
-def _relu_features(config: ConfigDict) -> snnk.features.FeatureMap:
-    return snnk.features.ArcCosine(
-        num_features=config.adapter.num_features,
-        projection=config.adapter.projection,
-    )
+def _projected(
+    cls: type[snnk.features.FeatureMap], **fields: Any
+) -> Callable[[ConfigDict], snnk.features.FeatureMap]:
+    """A feature map of the config's size and projection.
 
+    The adapter hands over unit vectors: at scale 1 the frequencies are N(0, 1).
+    """
 
-def _cos_features(config: ConfigDict) -> snnk.features.FeatureMap:
-    # The adapter hands over unit vectors: at scale 1 the frequencies are N(0, 1).
-    return snnk.features.URF(
-        activation="cos",
-        num_features=config.adapter.num_features,
-        projection=config.adapter.projection,
-        scale=1.0,
-    )
+    def features(config: ConfigDict) -> snnk.features.FeatureMap:
+        return cls(
+            num_features=config.adapter.num_features,
+            projection=config.adapter.projection,
+            **fields,
+        )
 
-
-def _gaussian_features(config: ConfigDict) -> snnk.features.FeatureMap:
-    return snnk.features.URF(
-        activation="gaussian",
-        num_features=config.adapter.num_features,
-        projection=config.adapter.projection,
-        scale=1.0,
-    )
-
-
-def _exp_features(config: ConfigDict) -> snnk.features.FeatureMap:
-    return snnk.features.Exponential(
-        num_features=config.adapter.num_features,
-        projection=config.adapter.projection,
-        scale=1.0,
-    )
+    return features
 
 
 def _square_features(config: ConfigDict) -> snnk.features.FeatureMap:
@@ -159,13 +143,12 @@ def _square_features(config: ConfigDict) -> snnk.features.FeatureMap:
     )
 
 
-def _leaky_features(config: ConfigDict) -> snnk.features.FeatureMap:
-    return snnk.features.ArcCosine(
-        num_features=config.adapter.num_features,
-        projection=config.adapter.projection,
-        negative_slope=0.1,
-    )
-
+_ARC, _URF = snnk.features.ArcCosine, snnk.features.URF
+_relu_features = _projected(_ARC)
+_leaky_features = _projected(_ARC, negative_slope=0.1)
+_cos_features = _projected(_URF, activation="cos", scale=1.0)
+_gaussian_features = _projected(_URF, activation="gaussian", scale=1.0)
+_exp_features = _projected(snnk.features.Exponential, scale=1.0)
 
 _ADAPTER = nnx.Any(AdapterParam, HEAD)
 

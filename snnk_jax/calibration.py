@@ -7,14 +7,13 @@ import numpy as np
 
 from snnk_jax.features._base import FeatureMap
 from snnk_jax.features._exponential import Exponential
-from snnk_jax.features._towers import TowerFeatures
+from snnk_jax.features._towers import NUM_REFERENCES, TowerFeatures
 from snnk_jax.kernels import check_layer
 from snnk_jax.ops import snnk_dense
 from snnk_jax.typing import Array, Float, Params
 
-# Rows on which candidates are compared, and reference inputs that shrinkage keeps.
+# Rows on which candidates are compared.
 _JUDGED = 1024
-_NUM_REFERENCES = 256
 # The gain from which on a matrix is worth its product at run time.
 _METRIC_GAIN = 0.97
 
@@ -155,8 +154,8 @@ def set_references(
     if not isinstance(features, TowerFeatures) or not features.shrinkage:
         raise ValueError(f"features must have shrinkage=True. Got {features}.")
     _check_samples(x, "x")
-    step = max(1, len(x) // _NUM_REFERENCES)
-    reference = x[::step][:_NUM_REFERENCES].astype(params["reference"].dtype)
+    step = max(1, len(x) // NUM_REFERENCES)
+    reference = x[::step][:NUM_REFERENCES].astype(params["reference"].dtype)
     return _capped(features, {**params, "reference": reference}, 0.9)
 
 

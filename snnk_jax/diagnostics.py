@@ -194,15 +194,7 @@ def suggest_num_features(
     affine = affine_rmse(row, x, kernel, bias)
 
     def attempt(num_features: int) -> tuple[float, FeatureMap, Params]:
-        features = URF(
-            activation=row,
-            num_features=num_features,
-            projection=projection,
-            spectrum="auto" if row.atoms else "series",
-            exact_degree=1,
-            shrinkage=True,
-            kappa=max(min(sizes.balanced, 20.0), 1e-3),
-        )
+        features = _shrunk_urf(row, num_features, sizes, projection=projection)
         params = features.init(jax.random.key(_SEED), dim)
         params = calibration.balance(features, params, x, kernel, bias)
         return predicted_rmse(features, params, x, kernel, bias), features, params
@@ -244,8 +236,28 @@ def suggest_num_features(
         )
         return Suggestion(None, rmse, sizes, affine, features, params, reason)
     num, rmse, features, params = min(tried, key=lambda result: result[1])
-    reason = _why_infeasible(row, features, sizes, rmse, num, target_rmse, x, kernel)
+    reason = _why_infeasible(row, features, sizes, rmse, num, target_rmse)
     return Suggestion(None, rmse, sizes, affine, features, params, reason)
+
+
+def _shrunk_urf(
+    row: activations.Activation,
+    num_features: int,
+    sizes: Kappa,
+    *,
+    exact_degree: int = 1,
+    projection: str = URF.projection,
+) -> URF:
+    """The safe map for a layer of these sizes, to be balanced."""
+    return URF(
+        activation=row,
+        num_features=num_features,
+        projection=projection,
+        spectrum="auto" if row.atoms else "series",
+        exact_degree=exact_degree,
+        shrinkage=True,
+        kappa=max(min(sizes.balanced, 20.0), 1e-3),
+    )
 
 
 def _why_infeasible(
@@ -255,8 +267,6 @@ def _why_infeasible(
     rmse: float,
     num: int,
     target: float,
-    x: Array,
-    kernel: Array,
 ) -> str:
     head = f"{num} features reach {rmse:.3g}, not {target:.3g}: "
     series = features.series if isinstance(features, URF) else None
@@ -410,14 +420,8 @@ def layer_report(
     random = math.inf
     wide = num_features >= 2 * (dim + 1)
     if row.coefficients[2:] or not row.coefficients:  # affine functions have no waves
-        features = URF(
-            activation=row,
-            num_features=num_features,
-            spectrum="auto" if row.atoms else "series",
-            exact_degree=1 if wide else 0,
-            shrinkage=True,
-            kappa=max(min(sizes.balanced, 20.0), 1e-3),
-        )
+        degree = 1 if wide else 0
+        features = _shrunk_urf(row, num_features, sizes, exact_degree=degree)
         try:
             params = features.init(jax.random.key(_SEED), dim)
         except ValueError:

@@ -113,6 +113,11 @@ def _threefry(
     return jnp.stack([x0, x1])
 
 
+def uniforms(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """Uniform float32 numbers inside (0, 1), of the first 24 bits of each word."""
+    return ((bits >> jnp.uint32(8)).astype(jnp.float32) + 0.5) * 2.0**-24
+
+
 def normals(
     words: UInt32[Array, "2"], shape: tuple[int, ...], dtype: Dtype = jnp.float32
 ) -> Float[Array, "..."]:
@@ -122,7 +127,7 @@ def normals(
     """
     size = math.prod(shape)
     bits = random_bits(words, (size + 1) // 2)
-    uniform = ((bits >> jnp.uint32(8)).astype(jnp.float32) + 0.5) * 2.0**-24
+    uniform = uniforms(bits)
     radius = jnp.sqrt(-2.0 * jnp.log(uniform[0]))
     angle = (2.0 * jnp.pi) * uniform[1]
     pair = jnp.concatenate([radius * jnp.cos(angle), radius * jnp.sin(angle)])
@@ -329,7 +334,7 @@ def _hadamard_params(
     key: PRNGKeyArray, num: int, dim: int, dtype: Dtype
 ) -> dict[str, Array]:
     _check_sizes(num, dim)
-    p = 1 << (dim - 1).bit_length()
+    p = power_of_two(dim)
     sign_words, length_words = streams(key_words(key), 2)
     signs = _signs(sign_words, (-(-num // p), 3, p), dtype)
     lengths = jnp.linalg.norm(normals(length_words, (num, p)), axis=-1)
@@ -472,9 +477,7 @@ def apply(
     """
     dense = "omega" in params
     width = params["omega" if dense else "input_signs"].shape[1]
-    if x.shape[-1:] != (width,):
-        raise ValueError(f"inputs must have width {width}. Got shape {x.shape}.")
-    _check_floating(x)
+    check_inputs(x, width)
     dtype = accumulation_dtype(x.dtype)
     if dense:
         omega = params["omega"].T.astype(x.dtype)
@@ -567,6 +570,18 @@ def _sylvester(n: int) -> np.ndarray:
 def accumulation_dtype(dtype: Dtype) -> Dtype:
     """float32 for narrower types, the type itself otherwise."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
+def power_of_two(num: int) -> int:
+    """The least power of two that is not below ``num``."""
+    return 1 << (num - 1).bit_length()
+
+
+def check_inputs(x: Array, width: int) -> None:
+    """Raises ValueError unless ``x`` is real floating point and of the width."""
+    if x.shape[-1:] != (width,):
+        raise ValueError(f"inputs must have width {width}. Got shape {x.shape}.")
+    _check_floating(x)
 
 
 def _check_floating(x: Array) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from snnk_jax import activations
-from snnk_jax.features._towers import Layout, Terms, TowerFeatures
+from snnk_jax.features._towers import Layout, Terms, TowerFeatures, taylor
 from snnk_jax.typing import Array, Dtype, Params, UInt32
 
 
@@ -90,8 +90,7 @@ class Exponential(TowerFeatures):
     def _input_tower(self, z: Array, square: Array, log_damp: Array) -> list[Array]:
         tower = jnp.exp(z - square / 2 + log_damp)
         if self.exact_degree is not None:
-            taylor = (1, z, (z * z - square) / 2)[: self.exact_degree + 1]
-            tower = tower - jnp.exp(log_damp) * sum(taylor)
+            tower = tower - jnp.exp(log_damp) * taylor(z, square, self.exact_degree)
         return [tower]
 
     def _weight_factors(self, phase: Array) -> list[Array]:

@@ -164,7 +164,7 @@ class Polynomial(FeatureMap):
         sign_key = jax.random.wrap_key_data(sign_words, impl="threefry2x32")
         if self.sketch == "tensor_srht":
             signs = projections.rademacher(sign_key, self.degree, dim, dtype)
-            width = _power_of_two(dim)
+            width = projections.power_of_two(dim)
             factor = [f for j in range(1, self.degree + 1) for f in range(j)]
             start = np.repeat(np.array(factor, np.int32) * width, sizes)
             rows = start + _integers(word, np.full_like(start, width))
@@ -268,15 +268,12 @@ class Polynomial(FeatureMap):
             return self.project(params, x)
         signs = params["signs"]
         width = signs.shape[-1]
-        if x.shape[-1:] != (width,):
-            raise ValueError(f"inputs must have width {width}. Got shape {x.shape}.")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"inputs must be real floating point. Got {x.dtype}.")
+        projections.check_inputs(x, width)
         wide = accumulation_dtype(x.dtype)
         signs = signs.reshape((1,) * (x.ndim - 1) + signs.shape).astype(wide)
         y = x[..., None, :].astype(wide) * signs
         if self.sketch == "tensor_srht":
-            padding = _power_of_two(width) - width
+            padding = projections.power_of_two(width) - width
             y = jnp.pad(y, [(0, 0)] * x.ndim + [(0, padding)])
             y = projections.walsh_hadamard(y, self.precision)
             y = y.reshape(*x.shape[:-1], -1)
@@ -309,11 +306,6 @@ def _convolve(factors: list[Array]) -> Array:
         return factors[0]
     product = functools.reduce(operator.mul, map(jnp.fft.rfft, factors))
     return jnp.fft.irfft(product, n=factors[0].shape[-1])
-
-
-def _power_of_two(dim: int) -> int:
-    """The next power of two."""
-    return 1 << (dim - 1).bit_length()
 
 
 def _integers(words: UInt32[Array, "2"], limits: np.ndarray) -> Array:

@@ -33,8 +33,7 @@ def sample_rates(
       ``rates`` and ``weights``, ``[num]`` each, in float32.
     """
     edges, density, cumulative = _table(spectrum, kappa if importance else 0.0)
-    bits = projections.random_bits(words, num)[0]
-    offsets = ((bits >> jnp.uint32(8)).astype(jnp.float32) + 0.5) * 2.0**-24
+    offsets = projections.uniforms(projections.random_bits(words, num)[0])
     u = (jnp.arange(num, dtype=jnp.float32) + offsets) / num
     cell = jnp.searchsorted(jnp.asarray(cumulative, jnp.float32), u, side="right") - 1
     cell = jnp.clip(cell, 0, _CELLS - 1)

@@ -19,7 +19,7 @@ from snnk_jax.features._base import (
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray, UInt32
 
 # Inputs on which shrinkage is judged; against at most a dozen factors per output.
-_NUM_REFERENCES = 256
+NUM_REFERENCES = 256
 # Independent words of a key: the first ones belong to the projections.
 _STREAMS = 16
 # What `redraw` keeps: everything that does not come from the random directions.
@@ -197,7 +197,7 @@ class TowerFeatures(FeatureMap):
             "scale": jnp.asarray(scale, dtype),
         }
         if self.shrinkage:
-            shape = (_NUM_REFERENCES, dim)
+            shape = (NUM_REFERENCES, dim)
             x = projections.normals(words[_STREAMS - 1], shape)
             norm = math.sqrt(self.kappa) / scale
             x = x * (norm / jnp.linalg.norm(x, axis=1, keepdims=True))
@@ -282,14 +282,8 @@ class TowerFeatures(FeatureMap):
         return (2 * limit / self._max_rate(params)) ** 0.5 / size
 
     def _check_width(self, params: Params, x: Array) -> None:
-        if "omega" in params:
-            width = params["omega"].shape[-1]
-        else:
-            width = params["input_signs"].shape[-1]
-        if x.shape[-1:] != (width,):
-            raise ValueError(f"inputs must have width {width}. Got shape {x.shape}.")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"inputs must be real floating point. Got {x.dtype}.")
+        omega = params["omega" if "omega" in params else "input_signs"]
+        projections.check_inputs(x, omega.shape[-1])
 
     def _tower(
         self, params: Params, x: Array, metric: str, power: int
@@ -333,8 +327,7 @@ class TowerFeatures(FeatureMap):
         log_shape = self._log_shape(params).astype(z.dtype)
         tower = jnp.exp(log_shape + z - square / 2)
         if self.exact_degree is not None:
-            taylor = (1, z, (z * z - square) / 2)[: self.exact_degree + 1]
-            tower = tower - jnp.exp(log_shape) * sum(taylor)
+            tower = tower - jnp.exp(log_shape) * taylor(z, square, self.exact_degree)
         tower = (amplitudes * layout.directions**0.5) * tower
         phase = rates * shift.astype(z.dtype)[:, None] + phases
         return [(factor * tower).T for factor in self._weight_factors(phase)]
@@ -400,6 +393,11 @@ class TowerFeatures(FeatureMap):
         factors = jax.lax.stop_gradient(_shrinkage_factors(jnp.stack(parts), target))
         factors = jnp.repeat(factors, np.array(layout.counts), axis=0)
         return [jnp.where(factors > 0, factors * block, 0) for block in blocks]
+
+
+def taylor(z: Array, square: Array, degree: int) -> Array | int:
+    """The part of ``exp(z - square / 2)`` up to a degree of the vector behind both."""
+    return sum((1, z, (z * z - square) / 2)[: degree + 1])
 
 
 def _shrinkage_factors(parts: Array, target: Array) -> Array:
