@@ -1,6 +1,7 @@
 """Configs: the common base, loading from a file, and checks before device work."""
 
 import difflib
+import importlib
 import pathlib
 import runpy
 from collections.abc import Mapping
@@ -193,18 +194,24 @@ def methods_of(config: ConfigDict) -> tuple[str, ...]:
     return tuple(name for item in config.methods for name in item.split(","))
 
 
+EXPERIMENTS = {
+    "train": "runner",
+    "kernel_error": "kernel_error",
+    "fit_ridge": "fit_ridge",
+    "depth_error": "depth_error",
+    "networks": "networks",
+}
+"""Values of ``config.experiment`` and the modules of ``experiments`` behind them."""
+
+
 def experiment_of(config: ConfigDict) -> ModuleType:
     """The module whose ``run`` and ``check`` a config is for."""
     name = config.get("experiment", "train")
-    if name == "train":
-        from experiments import runner
-
-        return runner
-    if name == "kernel_error":
-        from experiments import kernel_error
-
-        return kernel_error
-    raise ValueError(f"config.experiment must be train or kernel_error. Got {name!r}.")
+    if name not in EXPERIMENTS:
+        raise ValueError(
+            f"config.experiment must be one of {', '.join(EXPERIMENTS)}. Got {name!r}."
+        )
+    return importlib.import_module(f"experiments.{EXPERIMENTS[name]}")
 
 
 def check(config: ConfigDict) -> None:

@@ -6,7 +6,7 @@ The maps see the inputs they are calibrated on, the errors are those of other in
 """
 
 import dataclasses
-import json
+import functools
 import math
 import pathlib
 import time
@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 
 import snnk_jax as snnk
 from experiments import plots
-from experiments.metrics import Progress, write_json
-from experiments.report import markdown
+from experiments.jobs import run_jobs
+from experiments.metrics import write_json
+from experiments.report import document, markdown
 from experiments.runner import claim, describe_environment
-from snnk_jax._files import write_atomic
 from snnk_jax.features import URF, ArcCosine, Exponential, FeatureMap, Polynomial
 
 BALANCED = "+ balanced"
@@ -341,23 +341,13 @@ def run(
     claim(workdir, config)
     environment = describe_environment()
     write_json(workdir / "env.json", environment)
-    file = workdir / "rows.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    done = {row["name"]: row for row in map(json.loads, lines)}
     layers = {name: make_layer(REGIMES[name], config) for name in config.regimes}
-    todo = list(jobs(config))
-    progress = Progress("kernel error", 0, len(todo))
-    rows, start = [], time.perf_counter()
-    with file.open("a") as stream:
-        for step, job in enumerate(todo):
-            if job.name not in done:
-                row = measure(job, layers[job.regime], config)
-                done[job.name] = {"name": job.name, **row}
-                stream.write(json.dumps(done[job.name]) + "\n")
-                stream.flush()
-            rows.append(done[job.name])
-            progress.update(step + 1)
-    progress.close()
+    start = time.perf_counter()
+    todo = [
+        (job.name, functools.partial(measure, job, layers[job.regime], config))
+        for job in jobs(config)
+    ]
+    rows = run_jobs(workdir, todo, "kernel error")
     sizes = {
         name: dataclasses.asdict(
             snnk.diagnostics.kappa(layer.calibration, layer.kernel)
@@ -377,7 +367,7 @@ def _report(
     command: str,
     environment: dict[str, Any],
 ) -> None:
-    parts = [f"# {config.name}", f"`{command}`"]
+    parts = []
     size_rows = [
         [name, *(f"{value:.3g}" for value in size.values())]
         for name, size in sizes.items()
@@ -396,12 +386,7 @@ def _report(
         if curves:
             plots.log_curves(workdir / f"{study}.png", curves, _AXES[key])
             parts.append(f"![{study}]({study}.png)")
-    parts.append(
-        "Environment: "
-        + ", ".join(f"{name} {value}" for name, value in environment.items())
-        + "."
-    )
-    write_atomic(workdir / "report.md", "\n\n".join(parts) + "\n")
+    document(workdir, config.name, command, parts, environment)
 
 
 _AXES = {

@@ -120,15 +120,23 @@ def write(
     plots.accuracy_against_parameters(workdir / "accuracy.png", table)
     write_json(workdir / "results.json", {"table": table})
     parts = [
-        f"# {title}",
-        f"`{command}`",
         f"Accuracy on the {split} split. " + " ".join(notes),
         text,
         "![accuracy against trained parameters](accuracy.png)",
         *(["![curves](curves.png)"] if panels else []),
-        "Environment: "
-        + ", ".join(f"{name} {value}" for name, value in environment.items())
-        + ".",
     ]
-    write_atomic(workdir / "report.md", "\n\n".join(parts) + "\n")
+    document(workdir, title, command, parts, environment)
     return text
+
+
+def document(
+    workdir: str | pathlib.Path,
+    title: str,
+    command: str,
+    parts: Sequence[str],
+    environment: dict[str, Any],
+) -> None:
+    """Writes ``report.md``: title, command, the parts, the environment."""
+    facts = ", ".join(f"{name} {value}" for name, value in environment.items())
+    text = "\n\n".join([f"# {title}", f"`{command}`", *parts, f"Environment: {facts}."])
+    write_atomic(pathlib.Path(workdir) / "report.md", text + "\n")

@@ -1,0 +1,54 @@
+"""Many small measurements in one workdir: each done once, written as it is done."""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from experiments.metrics import Progress, read_jsonl
+from snnk_jax._files import write_atomic
+
+Job = tuple[str, Callable[[], dict[str, Any]]]
+"""A name of its own and what measures it."""
+
+
+def run_jobs(
+    workdir: str | pathlib.Path, jobs: Iterable[Job], title: str
+) -> list[dict[str, Any]]:
+    """Runs every job that ``workdir/rows.jsonl`` does not hold yet.
+
+    A row is appended as soon as it is measured, so a killed run goes on where it was
+    stopped.
+
+    Args:
+      workdir: an existing folder, claimed by :func:`experiments.runner.claim`.
+      jobs: names, each its own, and functions without arguments that return a row.
+      title: shown beside the progress.
+
+    Returns:
+      The rows in the order of the jobs, each with its ``name``.
+
+    Raises:
+      ValueError: for two jobs of one name.
+    """
+    todo = list(jobs)
+    names = [name for name, _ in todo]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"jobs must have names of their own. Got {twice} twice.")
+    file = pathlib.Path(workdir) / "rows.jsonl"
+    done = {row["name"]: row for row in read_jsonl(file)}
+    # Without the line that a kill cut short, which would swallow the next one.
+    write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
+    progress = Progress(title, 0, len(todo))
+    rows = []
+    with file.open("a") as stream:
+        for step, (name, measure) in enumerate(todo):
+            if name not in done:
+                done[name] = {"name": name, **measure()}
+                stream.write(json.dumps(done[name]) + "\n")
+                stream.flush()
+            rows.append(done[name])
+            progress.update(step + 1)
+    progress.close()
+    return rows

@@ -1,0 +1,42 @@
+"""Jobs are done once, whatever stops the run between them."""
+
+import pytest
+
+from experiments.jobs import run_jobs
+
+
+def counted(calls, name):
+    def measure():
+        calls.append(name)
+        return {"value": len(calls)}
+
+    return name, measure
+
+
+def test_a_job_is_done_once_and_a_cut_line_again(tmp_path):
+    calls = []
+    jobs = [counted(calls, name) for name in "abc"]
+    rows = run_jobs(tmp_path, jobs, "test")
+    assert [row["name"] for row in rows] == list("abc")
+    file = tmp_path / "rows.jsonl"
+    file.write_text(file.read_text()[:-4])  # killed while it wrote the last line
+    again = run_jobs(tmp_path, [*jobs, counted(calls, "d")], "test")
+    assert calls == ["a", "b", "c", "c", "d"]
+    assert [row["value"] for row in again] == [1, 2, 4, 5]
+    assert run_jobs(tmp_path, jobs, "test") == again[:3]
+
+
+def test_a_failed_job_keeps_those_before_it(tmp_path):
+    def fail():
+        raise FloatingPointError("no")
+
+    calls = []
+    with pytest.raises(FloatingPointError):
+        run_jobs(tmp_path, [counted(calls, "a"), ("b", fail)], "test")
+    run_jobs(tmp_path, [counted(calls, "a")], "test")
+    assert calls == ["a"]
+
+
+def test_names_must_differ(tmp_path):
+    with pytest.raises(ValueError, match=r"names of their own. Got \['a'\] twice"):
+        run_jobs(tmp_path, [counted([], "a"), counted([], "a")], "test")
