@@ -23,14 +23,14 @@ CORE = {
     "diagnostics": {
         *("typing", "activations", "kernels", "features", "ops", "calibration"),
     },
-    "bundling": {"typing", "activations", "kernels", "features", "ops", "ridge"},
+    "bundling": {"typing", "kernels", "features", "ops", "calibration"},
     "ridge": {"typing", "activations"},
     "infinite": {"typing", "activations", "projections", "ridge"},
 }
 FLAX = {
     "nn": {
         *("typing", "activations", "projections", "features", "ops"),
-        *("calibration", "diagnostics", "surgery"),
+        *("calibration", "diagnostics", "bundling", "surgery"),
     },
     "surgery": {"typing"},
     "models": {"typing", "_files"},
@@ -46,6 +46,7 @@ FLAX = {
     },
 }
 ALLOWED = CORE | FLAX
+SCIPY = ("projections", "ridge")  # Sobol points, LAPACK
 PACKAGES = {"jax", "numpy", "jaxtyping", "safetensors", *sys.stdlib_module_names}
 FORBIDDEN = ("jax.core", "jax.interpreters", "jax.lib", "jax._src", "jaxlib")
 
@@ -83,7 +84,7 @@ def wrong_edges(part, source):
     """Imports in a file of ``snnk_jax.<part>`` that the layout does not allow."""
     packages = PACKAGES | ({"flax"} if part in FLAX else set())
     packages |= {"sklearn"} if part == "estimators" else set()
-    packages |= {"scipy"} if part == "projections" else set()  # Sobol points
+    packages |= {"scipy"} if part in SCIPY else set()
     wrong = set()
     for name in imported(source):
         top, *rest = name.split(".")
