@@ -12,7 +12,8 @@ from jax.experimental import multihost_utils
 
 from snnk_jax.ridge import _factor
 from snnk_jax.ridge._factor import blas
-from snnk_jax.ridge._stats import RidgeStats, Total, shifts
+from snnk_jax.ridge._stats import RidgeStats, shifts
+from snnk_jax.ridge._sums import Total
 from snnk_jax.typing import Array, Float
 
 Method = Literal["auto", "cholesky", "eigh"]
@@ -461,7 +462,7 @@ def _rounding(stats: RidgeStats) -> float:
     return _ROUNDING[stats.weight.high.dtype.itemsize]
 
 
-def _value(total: Total) -> np.ndarray:
+def _value(total: Total) -> Any:
     return np.asarray(_host(total.high), np.float64) + np.asarray(_host(total.low))
 
 

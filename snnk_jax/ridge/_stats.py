@@ -6,27 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from snnk_jax.ridge._sums import Total, add, add_product, add_upper
 from snnk_jax.typing import Array, Dtype, Float
 
 Map = Callable[[Any], Any]
 """Turns a chunk of inputs into features ``[n, m]``."""
-
-# Block rows that the symmetric product is cut into: more save multiplications (5/8 of
-# them are left with four), fewer leave larger matrices to multiply.
-_BLOCKS = 4
-# Below this width one product is faster than several.
-_SMALL = 512
-# Rows of the blocks that narrow products are summed in.
-_SHORT = 64
-
-
-class Total(NamedTuple):
-    """A running sum ``high + low``; ``low`` keeps what rounding takes from ``high``."""
-
-    high: Any
-    low: Any
 
 
 class RidgeStats(NamedTuple):
@@ -371,61 +356,6 @@ def shifts(stats: RidgeStats) -> tuple[Any, Any]:
         zeros = jax.tree.map(jnp.zeros_like, (stats.phi_sum.high, stats.y_sum.high))
         return zeros
     return stats.phi_shift, stats.y_shift
-
-
-def add_product(total: Total, left: Any, right: Any, sign: int) -> Total:
-    """Adds ``sign * left.T @ right``, in float32 or better at the highest precision.
-
-    Narrow products are added in short blocks of rows: far less rounding for hardly
-    more time. For wide ones the blocks would need too much memory, and their rounding
-    averages out over the entries.
-    """
-    num, size = len(right), max(_SHORT, 4 * right.shape[1])
-    whole = num - num % size
-    if num % size:
-        total = add(total, sign * _dot(left[whole:], right[whole:]))
-    if not whole:
-        return total
-    shape = (whole // size, size)
-    parts = sign * _dot(*(a[:whole].reshape(*shape, -1) for a in (left, right)))
-    return jax.lax.fori_loop(
-        0, len(parts), lambda i, total: add(total, parts[i]), total
-    )
-
-
-def _dot(left: Any, right: Any) -> Any:
-    batch = tuple(range(left.ndim - 2))
-    rows = (left.ndim - 2,)
-    return jax.lax.dot_general(
-        left,
-        right,
-        ((rows, rows), (batch, batch)),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(right.dtype, jnp.float32),
-    )
-
-
-def add_upper(total: Total, left: Any, right: Any, sign: int) -> Total:
-    """Adds the upper triangle of ``left.T @ right``, block row by block row."""
-    size = right.shape[1]
-    step = -(-size // _BLOCKS) if size >= _SMALL else size
-    for start in range(0, size, step):
-        block = np.s_[start : start + step, start:]
-        part = Total(total.high[block], total.low[block])
-        part = add_product(part, left[:, start : start + step], right[:, start:], sign)
-        total = Total(
-            total.high.at[block].set(part.high), total.low.at[block].set(part.low)
-        )
-    return total
-
-
-def add(total: Total, term: Any) -> Total:
-    """Adds without losing what rounding cuts off (Knuth's two-sum)."""
-    term = term.astype(total.high.dtype)
-    high = total.high + term
-    back = high - total.high
-    error = (total.high - (high - back)) + (term - back)
-    return Total(high, total.low + error)
 
 
 def as_pytree(phi: Map | None) -> Map:

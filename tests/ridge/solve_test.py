@@ -1,0 +1,326 @@
+"""Solutions against scipy and scikit-learn, criteria against refits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import Ridge
+
+import snnk_jax as snnk
+from snnk_jax import ridge
+
+
+def of(problem, rows=slice(None), weights=None):
+    phi, y = problem.phi[rows], problem.y[rows]
+    w = None if weights is None else jnp.asarray(weights[rows])
+    stats = ridge.init(phi.shape[1], y.shape[1])
+    return ridge.update(stats, jnp.asarray(phi), jnp.asarray(y), w)
+
+
+def jnp_rows(problem, rows=slice(None)):
+    return jnp.asarray(problem.phi[rows]), jnp.asarray(problem.y[rows])
+
+
+@pytest.mark.parametrize("method", ["auto", "cholesky", "eigh"])
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_coefficients_are_scikit_learns(make_problem, method, intercept, weighted):
+    problem = make_problem()
+    weights = problem.weights if weighted else None
+    solution = ridge.solve(
+        of(problem, weights=weights), 0.02, intercept=intercept, method=method
+    )
+    total = weights.sum() if weighted else len(problem.y)
+    model = Ridge(alpha=0.02 * total, fit_intercept=intercept)
+    model.fit(problem.phi.astype(float), problem.y.astype(float), weights)
+    np.testing.assert_allclose(solution.kernel.T, model.coef_, atol=2e-6)
+    np.testing.assert_allclose(solution.bias, model.intercept_ * intercept, atol=2e-5)
+    phi = jnp.asarray(problem.phi)
+    np.testing.assert_allclose(
+        solution(phi), model.predict(problem.phi), rtol=1e-5, atol=1e-4
+    )
+    w = np.ones(300) if weights is None else weights
+    error = (problem.y - np.asarray(solution(phi), np.float64)) ** 2
+    np.testing.assert_allclose(solution.residual, w @ error / total, rtol=1e-3)
+    assert solution.method == ("eigh" if method == "eigh" else "cholesky")
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e6])
+@pytest.mark.parametrize("penalty", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("m", [16, 128])
+def test_digits_above_the_stated_penalty(make_problem, condition, penalty, m):
+    problem = make_problem(n=6000, m=m, condition=condition, seed=m)
+    z = problem.phi - problem.phi.mean(axis=0)
+    top = np.linalg.norm(z.astype(np.float64), 2) ** 2
+    l2 = penalty * top / len(z)
+    kernel, _, _ = problem.coefficients(l2)
+    solution = ridge.solve(
+        ridge.update_chunks(ridge.init(m, 3), *jnp_rows(problem), chunk_size=2048), l2
+    )
+    error = np.linalg.norm(solution.kernel - kernel) / np.linalg.norm(kernel)
+    assert error < 1e-4
+
+
+def test_a_warning_below_it(make_problem):
+    problem = make_problem(n=2000, condition=1e6)
+    stats = of(problem)
+    top = float(np.linalg.norm(problem.phi - problem.phi.mean(axis=0), 2)) ** 2 / 2000
+    with pytest.warns(ridge.PrecisionWarning, match="Raise l2, or gather"):
+        ridge.solve(stats, 1e-5 * top)
+    ridge.solve(of(make_problem()), 0.0)  # a good matrix needs no penalty
+
+
+def test_a_singular_matrix_is_solved_by_its_eigenvectors(make_problem):
+    problem = make_problem(n=200, m=6)
+    double = dataclasses.replace(problem, phi=np.tile(problem.phi, (1, 2)))
+    with pytest.warns(ridge.PrecisionWarning):
+        solution = ridge.solve(of(double), 0.0)
+    assert solution.method == "eigh"
+    single = ridge.solve(of(problem), 0.0)
+    np.testing.assert_allclose(
+        solution(jnp.asarray(double.phi)), single(jnp.asarray(problem.phi)), atol=1e-3
+    )
+    # The least norm shares the coefficients out.
+    np.testing.assert_allclose(solution.kernel[:6], solution.kernel[6:], atol=1e-3)
+    with pytest.raises(ValueError, match="positive definite .* Got 0.0"):
+        ridge.solve(of(double), 0.0, method="cholesky")
+
+
+def test_condition_numbers_are_those_of_the_matrix(make_problem):
+    problem = make_problem(n=500, condition=1e4)
+    z = (problem.phi - problem.phi.mean(axis=0)).astype(np.float64)
+    l2 = 1e-3
+    exact = np.linalg.cond(z.T @ z + l2 * 500 * np.eye(20))
+    for method in ("cholesky", "eigh"):
+        found = ridge.solve(of(problem), l2, method=method).condition
+        np.testing.assert_allclose(found, exact, rtol=0.2)
+
+
+@pytest.mark.parametrize("method", ["cholesky", "eigh", "fit", "dual"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_errors_and_degrees_of_freedom(make_problem, method, weighted):
+    problem = make_problem(n=300 if method != "dual" else 15)
+    n = len(problem.y)
+    weights = problem.weights if weighted else np.ones(n, np.float32)
+    l2 = 0.05
+    if method in ("fit", "dual"):
+        solution = ridge.fit(*jnp_rows(problem), l2, jnp.asarray(weights))
+        assert solution.method == ("dual" if method == "dual" else "cholesky")
+    else:
+        solution = ridge.solve(of(problem, weights=weights), l2, method=method)
+    w = weights.astype(np.float64)
+    z = problem.phi - w @ problem.phi / w.sum()
+    root = np.sqrt(w)[:, None] * z
+    inverse = np.linalg.inv(root.T @ root + l2 * w.sum() * np.eye(20))
+    hat = np.diagonal(root @ inverse @ root.T) + w / w.sum()
+    np.testing.assert_allclose(solution.dof, hat.sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        solution.leverage(jnp.asarray(problem.phi), jnp.asarray(weights)),
+        hat,
+        atol=1e-5,
+    )
+    sandwich = np.diagonal(inverse @ root.T @ root @ inverse)
+    variance = solution.residual * w.sum() / (n - hat.sum())
+    np.testing.assert_allclose(
+        solution.standard_errors(),
+        np.sqrt(sandwich[:, None] * variance),
+        rtol=1e-3,
+    )
+    gcv = solution.residual.mean() / (1 - hat.sum() / n) ** 2
+    np.testing.assert_allclose(solution.gcv, gcv, rtol=1e-5)
+
+
+def test_standard_errors_are_the_spread_of_refits(make_problem):
+    problem = make_problem(n=80, m=4, o=1)
+    rng = np.random.default_rng(1)
+    found, stated = [], []
+    signal = problem.phi @ np.ones((4, 1), np.float32)
+    for _ in range(400):
+        y = jnp.asarray(signal + rng.normal(size=(80, 1)).astype(np.float32))
+        solution = ridge.fit(jnp.asarray(problem.phi), y, 0.01)
+        found.append(np.asarray(solution.kernel))
+        stated.append(solution.standard_errors())
+    # The deviation of a deviation of 400 draws is 3.5 per cent.
+    np.testing.assert_allclose(
+        np.mean(stated, axis=0), np.std(found, axis=0), rtol=0.15
+    )
+
+
+@pytest.mark.parametrize("how", ["solve", "fit", "dual"])
+def test_left_out_residuals_are_those_of_refits(make_problem, how):
+    problem = make_problem(n=25 if how == "dual" else 60, m=30 if how == "dual" else 8)
+    n, l2 = len(problem.y), 0.1
+    phi, y = jnp_rows(problem)
+    solution = ridge.solve(of(problem), l2) if how == "solve" else ridge.fit(phi, y, l2)
+    found = ridge.leave_one_out(solution, phi, y)
+    for i in (0, 7, n - 1):
+        rest = np.delete(np.arange(n), i)
+        kernel, bias, _ = dataclasses.replace(
+            problem, phi=problem.phi[rest], y=problem.y[rest]
+        ).coefficients(l2 * n / (n - 1))  # the same lambda
+        expected = problem.y[i] - problem.phi[i] @ kernel - bias
+        np.testing.assert_allclose(found[i], expected, rtol=1e-3, atol=1e-4)
+    half = ridge.leave_one_out(solution, phi[:10], y[:10])
+    np.testing.assert_allclose(half, found[:10], rtol=1e-6)
+
+
+def test_path_scores_are_those_of_each_solution(make_problem):
+    problem = make_problem(noise=3.0)
+    stats = of(problem)
+    l2s = [10.0, 1e-2, 1.0]
+    path = ridge.select_l2(stats, l2s)
+    np.testing.assert_allclose(path.l2s, sorted(l2s))
+    for l2, score, dof in zip(path.l2s, path.scores, path.dofs, strict=True):
+        solution = ridge.solve(stats, l2)
+        np.testing.assert_allclose(score, solution.gcv, rtol=1e-5)
+        np.testing.assert_allclose(dof, solution.dof, rtol=1e-6)
+    assert path.l2 == path.l2s[np.argmin(path.scores)]
+    np.testing.assert_allclose(
+        path.solution.kernel, ridge.solve(stats, path.l2).kernel, atol=1e-6
+    )
+
+
+def test_wide_matrices_are_factored_for_each_penalty(make_problem, monkeypatch):
+    problem = make_problem(noise=3.0)
+    held_out = of(make_problem(noise=3.0, seed=0), slice(200, 300))
+    stats = of(problem, slice(0, 200))
+    options = {"criterion": "validation", "validation": held_out}
+    for chosen in ({}, options):
+        narrow = ridge.select_l2(stats, [0.1, 1.0], **chosen)
+        free = ridge.select_l2(stats, **chosen)
+        monkeypatch.setattr("snnk_jax.ridge._solve._EIGH_WIDTH", 4)
+        wide = ridge.select_l2(stats, [0.1, 1.0], **chosen)
+        coarse = ridge.select_l2(stats, **chosen)
+        monkeypatch.undo()
+        np.testing.assert_allclose(wide.scores, narrow.scores, rtol=1e-6)
+        assert wide.solution.method == "cholesky"
+        assert len(coarse.l2s) < len(free.l2s) / 2
+        assert coarse.scores.min() < 1.02 * free.scores.min()
+
+
+def test_validation_scores_are_errors_on_other_rows(make_problem):
+    problem = make_problem(noise=3.0)
+    train, rest = of(problem, slice(0, 200)), slice(200, 300)
+    path = ridge.select_l2(
+        train,
+        [0.01, 0.1, 1.0],
+        criterion="validation",
+        validation=of(problem, rest),
+    )
+    phi, y = jnp_rows(problem, rest)
+    for l2, score in zip(path.l2s, path.scores, strict=True):
+        error = np.mean((np.asarray(ridge.solve(train, l2)(phi)) - y) ** 2)
+        np.testing.assert_allclose(score, error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(80, 20), (20, 80), (40, 40)])
+@pytest.mark.parametrize("criterion", ["gcv", "loo"])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_fit_chooses_as_a_search_would(make_problem, shape, criterion, intercept):
+    n, m = shape
+    problem = make_problem(n=n, m=m, noise=2.0)
+    phi, y = jnp_rows(problem)
+    chosen = ridge.fit(phi, y, intercept=intercept, criterion=criterion)
+
+    def score(l2):
+        solution = ridge.fit(phi, y, l2, intercept=intercept)
+        if criterion == "gcv":
+            return solution.gcv
+        return np.mean(ridge.leave_one_out(solution, phi, y) ** 2)
+
+    best = score(chosen.l2)
+    for factor in (0.2, 0.8, 1.25, 5.0):
+        assert best < score(chosen.l2 * factor) * 1.001
+    fixed = ridge.fit(phi, y, chosen.l2, intercept=intercept)
+    np.testing.assert_allclose(chosen.kernel, fixed.kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(60, 12), (12, 60)])
+@pytest.mark.parametrize("l2", [1e-3, 1e-12, 0.0])
+def test_fit_is_the_formula_and_loses_no_digits(make_problem, shape, l2):
+    n, m = shape
+    problem = make_problem(n=n, m=m, condition=1e8)
+    solution = ridge.fit(*jnp_rows(problem), l2)
+    phi, y = problem.phi.astype(float), problem.y.astype(float)
+    z, t = phi - phi.mean(axis=0), y - y.mean(axis=0)
+    rows = np.concatenate([z, np.sqrt(l2 * n) * np.eye(m)])
+    targets = np.concatenate([t, np.zeros((m, 3))])
+    expected = np.linalg.lstsq(rows, targets, rcond=1e-13)[0]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+        solution.kernel / scale, expected / scale, atol=1e-6, rtol=0
+    )
+    if l2 == 0 and m > n:
+        assert solution.method == "svd"
+        assert solution.residual.max() < 1e-12
+
+
+def test_no_interpolation_spike_on_digits():
+    """The test accuracy at m = n must not fall below that at a quarter of it."""
+    digits = load_digits()
+    x = jnp.asarray(digits.data / 16, jnp.float32)
+    one_hot = jnp.asarray(np.eye(10)[digits.target], jnp.float32)
+    train, test = slice(0, 800), slice(1347, None)
+    accuracy = {}
+    for m in (200, 800):
+        fm = snnk.features.ArcCosine(num_features=m, projection="gaussian")
+        phi = fm.phi(fm.init(jax.random.key(3), 64), x)
+        stats = ridge.update(ridge.init(m, 10), phi[train], one_hot[train])
+        solution = ridge.select_l2(stats).solution
+        guess = np.argmax(np.asarray(solution(phi[test])), axis=1)
+        accuracy[m] = np.mean(guess == digits.target[test])
+        if m == 800:  # which is there to be seen without a penalty
+            bare = ridge.fit(phi[train], one_hot[train], 1e-9)
+            guess = np.argmax(np.asarray(bare(phi[test])), axis=1)
+            spike = np.mean(guess == digits.target[test])
+    assert accuracy[800] >= accuracy[200]
+    assert spike < accuracy[200] - 0.02
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda s: ridge.solve(s, -1.0), "l2 must be at least 0 and finite. Got -1"),
+        (lambda s: ridge.solve(s, np.inf), "l2 must be at least 0 and finite"),
+        (lambda s: ridge.solve(s, 1.0, method="lu"), "method must be .* Got 'lu'"),
+        (lambda s: ridge.solve(ridge.init(2, 1), 1.0), "must hold rows"),
+        (lambda s: ridge.select_l2(s, []), "l2s must be positive"),
+        (lambda s: ridge.select_l2(s, [0.0, 1.0]), "l2s must be positive"),
+        (lambda s: ridge.select_l2(s, criterion="aic"), "gcv or validation. Got 'aic'"),
+        (lambda s: ridge.select_l2(s, criterion="validation"), "validation must be"),
+        (lambda s: ridge.select_l2(s, validation=s), "and only then. Got criterion='"),
+        (lambda s: ridge.fit(jnp.ones((3, 2)), jnp.ones((2, 1))), "the same n"),
+        (
+            lambda s: ridge.fit(jnp.ones((3, 2)), jnp.ones((3, 1)) * jnp.nan),
+            "targets must be finite",
+        ),
+        (
+            lambda s: ridge.fit(jnp.ones((3, 2)), jnp.ones((3, 1)), 1.0, -jnp.ones(3)),
+            "weights must not be negative",
+        ),
+        (
+            lambda s: ridge.solve(
+                ridge.update(s, jnp.full((1, 2), jnp.inf), jnp.ones((1, 1))), 1.0
+            ),
+            "features and targets must be finite",
+        ),
+        (
+            lambda s: dataclasses.replace(ridge.solve(s, 1.0), factor=None).dof,
+            "must keep its factor",
+        ),
+        (
+            lambda s: ridge.fit(jnp.eye(3), jnp.ones((3, 1)), 0.0).standard_errors(),
+            "must have rows above the degrees of freedom. Got 3 rows and 3.0",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("unchecked")
+def test_mistakes_are_told(call, words):
+    phi = jnp.arange(6.0).reshape(3, 2) ** 2
+    stats = ridge.update(ridge.init(2, 1), phi, jnp.arange(3.0)[:, None])
+    with pytest.raises(ValueError, match=words):
+        call(stats)
