@@ -10,6 +10,7 @@ from snnk_jax.features._exponential import Exponential
 from snnk_jax.features._towers import NUM_REFERENCES, TowerFeatures
 from snnk_jax.kernels import check_layer
 from snnk_jax.ops import snnk_dense
+from snnk_jax.ridge._rows import RowSpectrum
 from snnk_jax.typing import Array, Float, Params
 
 # Rows on which candidates are compared.
@@ -251,7 +252,7 @@ class ReadoutReport:
     """How well a fitted readout explains its targets.
 
     Attributes:
-      l2: the ridge penalty, in units of the Gram matrix of the sum over examples.
+      l2: the ridge penalty, per example.
       dof: effective number of features, the trace of the hat matrix.
       gcv: generalised cross-validation score, a mean squared error.
       r2: share of each output's variance explained on the samples, ``[o]``.
@@ -279,9 +280,11 @@ def fit_readout(
     r"""Solves for the readout on samples instead of computing it from weights.
 
     .. math::
-      \Psi = \arg\min_V \lVert \Phi(X) V - Y\rVert^2 + \lambda \lVert V\rVert^2,
+      \Psi = \arg\min_V \tfrac1n \lVert \Phi(X) V - Y\rVert^2
+      + \lambda \lVert V\rVert^2,
 
-    in float64 on the host, by the eigenvectors of the smaller Gram matrix. Unlike
+    in float64 on the host, by the eigenvectors of the smaller Gram matrix
+    (:mod:`snnk_jax.ridge`, which also streams what does not fit in memory). Unlike
     ``features.psi`` it is biased, and far more accurate at the same m: it needs no
     variance of a random estimate to be small, only that f can be read off the
     features on these inputs.
@@ -338,51 +341,22 @@ def fit_linear(
         raise ValueError(f"l2 must be None, or at least 0 and finite. Got {l2}.")
     _check_samples(phi, "features")
     _check_samples(targets, "targets")
-    columns = np.asarray(phi, np.float64)
     y = np.asarray(targets, np.float64)
     num = len(y)
-    # columns = U S V^T by the smaller of its Gram matrices.
-    tall = columns.shape[0] > columns.shape[1]
-    gram = columns.T @ columns if tall else columns @ columns.T
-    values, vectors = np.linalg.eigh(gram)
-    keep = values > values[-1] * len(values) * np.finfo(np.float64).eps
-    values, vectors = values[keep], vectors[:, keep]
-    left = columns @ vectors / np.sqrt(values) if tall else vectors
-    moments = left.T @ y
-    outside = y - left @ moments
-
-    def kept_back(penalty: float) -> tuple[np.ndarray, float]:
-        """1 - H on the columns' directions, and off them; up to a common factor."""
-        if len(values) == num:  # the factor of l2 cancels, and with it the digits
-            return 1 / (values + penalty), 0.0
-        return penalty / (values + penalty), 1.0
-
-    def score(penalty: float) -> float:
-        inside, off = kept_back(penalty)
-        residual = off * np.sum(outside**2) + np.sum((inside[:, None] * moments) ** 2)
-        free = off * (num - len(values)) + np.sum(inside)
-        return num * residual / free**2
-
+    spectrum = RowSpectrum.of(np.asarray(phi, np.float64), y, intercept=False)
     if l2 is None:
-        grid = values[-1] * np.logspace(-12, 2, 113)
-        l2 = float(grid[np.argmin([score(penalty) for penalty in grid])])
-    kept = values / (values + l2)
-    residual = y - left @ (kept[:, None] * moments)
-    inside, off = kept_back(l2)
-    back = off * outside + left @ (inside[:, None] * moments)
-    free = off * (1 - np.sum(left**2, axis=1)) + (left**2) @ inside
-    loo = back / np.maximum(free, np.finfo(np.float64).eps)[:, None]
-    if tall:
-        psi = vectors @ (moments * np.sqrt(values)[:, None] / (values + l2)[:, None])
-    else:
-        psi = columns.T @ (vectors @ (moments / (values + l2)[:, None]))
+        l2 = spectrum.best("gcv") / num
+    penalty = l2 * num
+    residual = spectrum.residual(penalty)
+    loo = spectrum.left_out(penalty)
+    psi = spectrum.kernel(penalty)
     spread = np.sum((y - y.mean(axis=0)) ** 2, axis=0)
     # The left-out mean is the fair rival of the left-out prediction.
     loo_spread = spread * (num / max(num - 1, 1)) ** 2
     report = ReadoutReport(
         l2=l2,
-        dof=float(kept.sum()),
-        gcv=float(score(l2)),
+        dof=dataclasses.replace(spectrum.eigen, penalty=penalty).dof(),
+        gcv=spectrum.gcv(penalty),
         r2=_explained(residual, spread),
         loo_r2=_explained(loo, loo_spread),
         total_r2=_total_explained(residual, spread),

@@ -284,7 +284,9 @@ def hat(phi, l2):
 def test_equals_ridge_regression(num, width, l2):
     phi, y = problem(num, width)
     psi, report = fit_linear(phi, y, l2)
-    ridge = sklearn.linear_model.Ridge(alpha=l2, fit_intercept=False, solver="svd")
+    ridge = sklearn.linear_model.Ridge(
+        alpha=l2 * num, fit_intercept=False, solver="svd"
+    )
     expected = ridge.fit(float64(phi), float64(y)).coef_.T
     np.testing.assert_allclose(psi, expected, rtol=2e-5, atol=1e-6)
     assert psi.dtype == jnp.float32
@@ -320,14 +322,14 @@ def test_scores_are_their_definitions(num, width, seed):
         rest = np.linalg.inv(phi @ phi.T + l2 * np.eye(num))
         return num * np.sum((rest @ y) ** 2) / np.trace(rest) ** 2
 
-    assert report.gcv == pytest.approx(gcv(report.l2), rel=1e-3)
-    assert report.dof == pytest.approx(np.trace(hat(phi, report.l2)), rel=1e-6)
+    assert report.gcv == pytest.approx(gcv(num * report.l2), rel=1e-3)
+    assert report.dof == pytest.approx(np.trace(hat(phi, num * report.l2)), rel=1e-6)
     largest = np.linalg.norm(phi, ord=2) ** 2
     scores = [gcv(l2) for l2 in largest * np.logspace(-10, 2, 400)]
     # The minimum of a finer grid is hardly lower.
     assert 0.999 * min(scores) < report.gcv < 1.01 * min(scores)
     spread = np.sum((y - y.mean(axis=0)) ** 2, axis=0)
-    residual = y - hat(phi, report.l2) @ y
+    residual = y - hat(phi, num * report.l2) @ y
     r2 = 1 - np.sum(residual**2, axis=0) / spread
     np.testing.assert_allclose(report.r2, r2, rtol=1e-6)
     total = 1 - np.sum(residual**2) / spread.sum()
@@ -343,7 +345,7 @@ def test_leave_one_out_is_refitting(num, width, l2):
     error, spread = np.zeros_like(y), np.zeros_like(y)
     for i in range(num):
         rest = np.arange(num) != i
-        gram = phi[rest] @ phi[rest].T + report.l2 * np.eye(num - 1)
+        gram = phi[rest] @ phi[rest].T + num * report.l2 * np.eye(num - 1)
         psi = phi[rest].T @ np.linalg.solve(gram, y[rest])
         error[i] = y[i] - phi[i] @ psi
         spread[i] = y[i] - y[rest].mean(axis=0)

@@ -194,6 +194,11 @@ class RowSpectrum:
         scale = np.sqrt(self.values) / (self.values + penalty)
         return self.eigen.vectors @ (scale[:, None] * self.inside)
 
+    def residual(self, penalty: float) -> np.ndarray:
+        """Targets less predictions, ``[n, o]``."""
+        back = penalty / (self.values + penalty) if penalty else 0 * self.values
+        return self.outside + self.left @ (back[:, None] * self.inside)
+
     def kept_back(self, penalty: float) -> tuple[np.ndarray, float]:
         """``1 - H`` on the directions, and off them; up to a common factor."""
         if len(self.values) == len(self.targets) - self.intercept:

@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from snnk_jax.ridge._stats import (
     Map,
     RidgeStats,
-    add_rows,
     as_pytree,
     check_chunks,
     loop_chunks,
@@ -159,10 +158,10 @@ def _update_sharded(
         own = own._replace(phi_shift=stats.phi_shift, y_shift=stats.y_shift)
         if stats.phi_shift is not None:
             own = first_shift(stats, own, x, y, weights)
-        add = functools.partial(add_rows, add_gram=add_own_rows if features else None)
+        add_gram = add_own_rows if features else None
         # No device may set a shift of its own: none takes its rows for the first.
         own = own._replace(rows=own.rows + 1)
-        own = loop_chunks(own, x, y, weights, phi, chunk_size, add)
+        own = loop_chunks(own, x, y, weights, phi, chunk_size, add_gram)
         own = own._replace(rows=own.rows - 1)
         shift = own.phi_shift, own.y_shift
         own = jax.lax.psum(own._replace(phi_shift=None, y_shift=None), data)

@@ -31,7 +31,7 @@ class PrecisionWarning(UserWarning):
     """The statistics do not hold as many digits as the solution needs."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RidgeSolution:
     r"""Coefficients, and what they cost and explain.
 
@@ -115,7 +115,7 @@ class RidgeSolution:
         return self.factor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RidgePath:
     """Scores of several penalties, and the solution of the best.
 
@@ -140,7 +140,7 @@ class RidgePath:
         return self.solution.l2
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
     """Second moments about a point, of the rows of some statistics; float64.
 
@@ -162,8 +162,8 @@ def moments(
 ) -> Moments:
     """Moments about the own mean, about zero without intercept, or about another's."""
     a, c = (np.asarray(_host(v), np.float64) for v in shifts(stats))
-    s, t = _value(stats.phi_sum), _value(stats.y_sum)
-    weight, rows = float(_value(stats.weight)), int(_host(stats.rows))
+    s, t = value_of(stats.phi_sum), value_of(stats.y_sum)
+    weight, rows = float(value_of(stats.weight)), int(_host(stats.rows))
     if not weight > 0:
         raise ValueError(f"statistics must hold rows. Got a weight of {weight}.")
     if about is not None:
@@ -175,8 +175,8 @@ def moments(
     p, q = mean - a, y_mean - c
     gram = np.array(_host(stats.gram.high), np.float64, order="C")
     gram += np.asarray(_host(stats.gram.low))
-    cross = _value(stats.cross)
-    square = _value(stats.y_square)
+    cross = value_of(stats.cross)
+    square = value_of(stats.y_square)
     # (phi - mean) = (phi - a) - p, and so on.
     blas.dsyr2(-1.0, s, p, lower=1, a=gram.T, overwrite_a=1)
     blas.dsyr(weight, p, lower=1, a=gram.T, overwrite_a=1)
@@ -462,7 +462,8 @@ def _rounding(stats: RidgeStats) -> float:
     return _ROUNDING[stats.weight.high.dtype.itemsize]
 
 
-def _value(total: Total) -> Any:
+def value_of(total: Total) -> Any:
+    """A sum in float64 on the host."""
     return np.asarray(_host(total.high), np.float64) + np.asarray(_host(total.low))
 
 

@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from snnk_jax.ridge._sums import Total, add, add_product, add_upper
+from snnk_jax.ridge._sums import (
+    Total,
+    add,
+    add_blocks,
+    add_product,
+    join_upper,
+    split_upper,
+)
 from snnk_jax.typing import Array, Dtype, Float
 
 Map = Callable[[Any], Any]
@@ -142,7 +149,7 @@ def update(
       (2.0, 1.0)
     """
     _check_rows(stats, phi, y, weights)
-    return add_rows(stats, phi, y, weights)
+    return _add_rows_whole(stats, phi, y, weights, 1)
 
 
 def downdate(
@@ -165,7 +172,7 @@ def downdate(
       15
     """
     _check_rows(stats, phi, y, weights)
-    return add_rows(stats, phi, y, weights, sign=-1)
+    return _add_rows_whole(stats, phi, y, weights, -1)
 
 
 def merge(a: RidgeStats, b: RidgeStats) -> RidgeStats:
@@ -270,7 +277,7 @@ def update_chunks(
 def _update_chunks(
     stats: RidgeStats, x: Any, y: Any, weights: Any, phi: Map, chunk_size: int
 ) -> RidgeStats:
-    return loop_chunks(stats, x, y, weights, phi, chunk_size, add_rows)
+    return loop_chunks(stats, x, y, weights, phi, chunk_size)
 
 
 def loop_chunks(
@@ -280,28 +287,42 @@ def loop_chunks(
     weights: Any,
     phi: Map,
     chunk_size: int,
-    add_chunk: Callable[..., RidgeStats],
+    add_gram: Callable[..., Total] | None = None,
 ) -> RidgeStats:
-    """Adds all rows by ``add_chunk(stats, phi, y, weights)``, a chunk at a time."""
+    """Adds all rows, a chunk at a time; ``add_gram`` as for :func:`add_rows`."""
+    gram = stats.gram
+    if add_gram is None:
+        stats = stats._replace(gram=split_upper(gram))
     num = y.shape[0]
     size = min(chunk_size, num)
+    rows = (x, y, weights)
 
-    def body(i: Array, stats: RidgeStats) -> RidgeStats:
-        # The last chunk reaches back over rows that were there before, at weight 0:
-        # no padded copy of the data.
-        start = jnp.minimum(i * size, num - size)
-        x_chunk, y_chunk = jax.tree.map(
-            lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), (x, y)
+    def add_part(stats: RidgeStats, start: Any, count: int) -> RidgeStats:
+        cut = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=count
         )
-        fresh = (start + jnp.arange(size) >= i * size).astype(stats.weight.high.dtype)
-        if weights is not None:
-            own = jax.lax.dynamic_slice_in_dim(weights, start, size)
-            fresh = fresh * own.astype(fresh.dtype)
-        # Whole chunks need no weights, and no product with them.
-        weighted = weights is not None or num % size
-        return add_chunk(stats, phi(x_chunk), y_chunk, fresh if weighted else None)
+        x_part, y_part, own = jax.tree.map(cut, rows)
+        return add_rows(stats, phi(x_part), y_part, own, add_gram=add_gram)
 
-    return jax.lax.fori_loop(0, -(-num // size), body, stats)
+    stats = jax.lax.fori_loop(
+        0, num // size, lambda i, stats: add_part(stats, i * size, size), stats
+    )
+    rest = num % size
+    if rest:
+        stats = add_part(stats, num - rest, rest)
+    if add_gram is None:
+        stats = stats._replace(gram=join_upper(gram, stats.gram))
+    return stats
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _add_rows_whole(
+    stats: RidgeStats, phi: Any, y: Any, weights: Any, sign: int
+) -> RidgeStats:
+    gram = stats.gram
+    stats = stats._replace(gram=split_upper(gram))
+    stats = add_rows(stats, phi, y, weights, sign=sign)
+    return stats._replace(gram=join_upper(gram, stats.gram))
 
 
 def add_rows(
@@ -311,9 +332,12 @@ def add_rows(
     weights: Any,
     *,
     sign: int = 1,
-    add_gram: Callable[..., Total] | None = None,
+    add_gram: Callable[..., Any] | None = None,
 ) -> RidgeStats:
-    """The sums of :class:`RidgeStats`; ``add_gram`` adds ``left.T @ right``."""
+    """The sums of :class:`RidgeStats`, ``gram`` in blocks of :func:`split_upper`.
+
+    ``add_gram(gram, left, right, sign)`` adds to a matrix kept in another way.
+    """
     dtype = stats.weight.high.dtype
     ones = jnp.ones(y.shape[0], dtype) if weights is None else weights.astype(dtype)
     y = y.astype(dtype)
@@ -325,14 +349,24 @@ def add_rows(
         phi = phi.astype(dtype)
     left = phi if weights is None else phi * ones[:, None].astype(phi.dtype)
     terms = {
-        "phi_sum": jnp.sum(left, axis=0, dtype=dtype),
         "y_sum": ones @ y,
         "y_square": ones @ (y * y),
         "weight": jnp.sum(ones),
     }
-    totals = {name: add(getattr(stats, name), sign * t) for name, t in terms.items()}
-    totals["cross"] = add_product(stats.cross, left.astype(dtype), y, sign)
-    totals["gram"] = (add_gram or add_upper)(stats.gram, left, phi, sign)
+    totals: dict[str, Any] = {
+        name: add(getattr(stats, name), sign * t) for name, t in terms.items()
+    }
+    # The sums of the features are their products with a target of ones.
+    extended = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b[:, None]], axis=1),
+        stats.cross,
+        stats.phi_sum,
+    )
+    targets = jnp.concatenate([y, jnp.ones((len(y), 1), dtype)], axis=1)
+    extended = add_product(extended, left.astype(dtype), targets, sign)
+    totals["cross"] = jax.tree.map(lambda a: a[:, :-1], extended)
+    totals["phi_sum"] = jax.tree.map(lambda a: a[:, -1], extended)
+    totals["gram"] = (add_gram or add_blocks)(stats.gram, left, phi, sign)
     rows = stats.rows + sign * jnp.sum(ones != 0, dtype=jnp.int32)
     return stats._replace(rows=rows, **totals)
 
@@ -340,14 +374,16 @@ def add_rows(
 def with_shift(stats: RidgeStats, phi: Any, y: Any, weights: Any) -> RidgeStats:
     """Sets the shift to the mean of these rows if they are the first."""
     dtype = stats.weight.high.dtype
-    total = jnp.sum(weights)
-    scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-    first = stats.rows == 0
-    mean = scale * (weights @ phi.astype(dtype)), scale * (weights @ y.astype(dtype))
-    return stats._replace(
-        phi_shift=jnp.where(first, mean[0], stats.phi_shift),
-        y_shift=jnp.where(first, mean[1], stats.y_shift),
+
+    def means() -> tuple[Any, Any]:
+        total = jnp.sum(weights)
+        scale = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+        return scale * (weights @ phi.astype(dtype)), scale * (weights @ y)
+
+    phi_shift, y_shift = jax.lax.cond(
+        stats.rows == 0, means, lambda: (stats.phi_shift, stats.y_shift)
     )
+    return stats._replace(phi_shift=phi_shift, y_shift=y_shift)
 
 
 def shifts(stats: RidgeStats) -> tuple[Any, Any]:

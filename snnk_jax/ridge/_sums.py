@@ -4,14 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-Range = tuple[int, int]
 
 # Width of the squares on the diagonal of the symmetric product.
-_SQUARE = 512
-# Rows of the blocks that narrow products are summed in.
+_SQUARE = 1024
+# Rows of the blocks that products of at most that width are summed in.
 _SHORT = 64
+_NARROW = 256
 
 
 class Total(NamedTuple):
@@ -29,8 +27,8 @@ def add_product(total: Total, left: Any, right: Any, sign: int) -> Total:
     averages out over the entries.
     """
     num, size = len(right), max(_SHORT, 4 * right.shape[1])
-    whole = num - num % size
-    if num % size:
+    whole = num - num % size if right.shape[1] <= _NARROW else 0
+    if whole < num:
         total = add(total, sign * _dot(left[whole:], right[whole:]))
     if not whole:
         return total
@@ -55,31 +53,50 @@ def _dot(left: Any, right: Any) -> Any:
     )
 
 
-def add_upper(total: Total, left: Any, right: Any, sign: int) -> Total:
+def split_upper(total: Total) -> tuple[Total, ...]:
+    """Cuts the blocks of :func:`add_blocks` out of a matrix.
+
+    A loop that carries the blocks adds to each as a whole; one that carries the matrix
+    would copy it for every block that it writes.
+    """
+    return tuple(
+        Total(total.high[block], total.low[block]) for block in _blocks(len(total.high))
+    )
+
+
+def join_upper(total: Total, blocks: tuple[Total, ...]) -> Total:
+    """Writes the blocks back into their matrix."""
+    high, low = total
+    for block, part in zip(_blocks(len(high)), blocks, strict=True):
+        high, low = high.at[block].set(part.high), low.at[block].set(part.low)
+    return Total(high, low)
+
+
+def add_blocks(
+    blocks: tuple[Total, ...], left: Any, right: Any, sign: int
+) -> tuple[Total, ...]:
     """Adds ``sign * left.T @ right`` on and above the diagonal, and little below.
 
     Halves are split again, down to squares that a single product is fastest for: of
     the multiplications of the whole product hardly more than half are left.
     """
-    size = right.shape[1]
+    return tuple(
+        add_product(part, left[:, rows], right[:, columns], sign)
+        for part, (rows, columns) in zip(blocks, _blocks(left.shape[1]), strict=True)
+    )
+
+
+def _blocks(size: int) -> list[tuple[slice, slice]]:
     least = max(_SQUARE, size // 16)
 
-    def add_square(total: Total, start: int, stop: int) -> Total:
+    def square(start: int, stop: int) -> list[tuple[slice, slice]]:
         if stop - start <= least:
-            return add_block(total, (start, stop), (start, stop))
+            return [(slice(start, stop), slice(start, stop))]
         middle = (start + stop) // 2
-        total = add_block(total, (start, middle), (middle, stop))
-        return add_square(add_square(total, start, middle), middle, stop)
+        above = (slice(start, middle), slice(middle, stop))
+        return [above, *square(start, middle), *square(middle, stop)]
 
-    def add_block(total: Total, rows: Range, columns: Range) -> Total:
-        block = np.s_[slice(*rows), slice(*columns)]
-        part = Total(total.high[block], total.low[block])
-        part = add_product(part, left[:, slice(*rows)], right[:, slice(*columns)], sign)
-        return Total(
-            total.high.at[block].set(part.high), total.low.at[block].set(part.low)
-        )
-
-    return add_square(total, 0, size)
+    return square(0, size)
 
 
 def add(total: Total, term: Any) -> Total:

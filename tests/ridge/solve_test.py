@@ -316,7 +316,7 @@ def test_no_interpolation_spike_on_digits():
             "must have rows above the degrees of freedom. Got 3 rows and 3.0",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_told(call, words):

@@ -205,6 +205,22 @@ def test_update_is_pure_and_jitted_alike(make_problem):
     assert counted.traces == 1
 
 
+def test_memory_does_not_grow_with_the_rows():
+    m, chunk = 256, 512
+    fm = snnk.features.ArcCosine(num_features=m)
+    phi = functools.partial(fm.phi, fm.init(jax.random.key(0), 8))
+
+    def temporary(n):
+        x, y = jnp.zeros((n, 8)), jnp.zeros((n, 2))
+        run = functools.partial(ridge.update_chunks, phi=phi, chunk_size=chunk)
+        compiled = jax.jit(run).lower(ridge.init(m, 2), x, y).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(4 * chunk), temporary(64 * chunk)
+    assert large <= small * 1.01
+    assert large < 4 * (6 * m * m + 6 * chunk * m)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -246,7 +262,7 @@ def test_update_is_pure_and_jitted_alike(make_problem):
         ),
         (lambda s: ridge.merge(s, ridge.init(3, 1)), "same features and targets"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 @pytest.mark.usefixtures("unchecked")
 def test_mistakes_are_told(call, words):
