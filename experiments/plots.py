@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 Curve = Sequence[tuple[float, float]]
 
@@ -77,6 +78,49 @@ def log_curves(
     plt.close(figure)
 
 
+def dots(
+    path: str | pathlib.Path, points: Mapping[str, Mapping[str, float]], xlabel: str
+) -> None:
+    """Draws a line of dots for every case, one dot a method."""
+    cases = list(dict.fromkeys(case for row in points.values() for case in row))
+    figure, axis = plt.subplots(figsize=(7.5, 1.6 + 0.42 * len(cases)))
+    for i, (name, row) in enumerate(points.items()):
+        heights = [-cases.index(case) - 0.06 * (i - len(points) / 2) for case in row]
+        marker = "osv^D*PX"[i % 8]
+        axis.plot(list(row.values()), heights, marker, label=name, markersize=5)
+    axis.set(xlabel=xlabel)
+    axis.set_yticks([-i for i in range(len(cases))], cases)
+    axis.axvline(1, color="gray", linewidth=0.8)
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def accuracy_curves(
+    path: str | pathlib.Path,
+    panels: Mapping[str, Mapping[str, Curve]],
+    xlabel: str,
+    ylabel: str,
+    mark: float | None = None,
+) -> None:
+    """Draws percentages against a logarithmic axis, ``mark`` as a vertical line."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6.0 * len(panels), 4.0), squeeze=False
+    )
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
+        if mark is not None:
+            axis.axvline(mark, color="gray", linestyle="--", linewidth=0.8)
+        axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
 def accuracy_against_parameters(
     path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -114,4 +158,54 @@ def accuracy_against_parameters(
 def _save(figure: Any, path: str | pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def depth_curves(
+    path: str | pathlib.Path, panels: Mapping[str, Mapping[str, Any]], ylabel: str
+) -> None:
+    """Draws error against depth, log, in rows of three panels.
+
+    Each curve is an array ``[seed, depth]``, drawn as median and range; it ends where
+    values are not finite. Bounds are dashed, all panels share one legend and the limits
+    of what is below 1e4.
+    """
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    legend = 0.25 * -(-len(names) // 4) + 0.3  # inches
+    height = 3.2 * lines + legend
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.4 * columns, height), squeeze=False
+    )
+    handles: dict[str, Any] = {}
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for name, values in curves.items():
+            low, high = np.min(values, axis=0), np.max(values, axis=0)
+            middle = np.median(values, axis=0)
+            depths = np.arange(1, values.shape[1] + 1)
+            color = "black" if name == "constant" else f"C{names.index(name)}"
+            (handles[name],) = axis.plot(
+                depths,
+                np.where(np.isfinite(middle), middle, np.nan),
+                color=color,
+                linestyle="--" if name.startswith(("bound", "constant")) else "-",
+                marker="." if name != "constant" else None,
+                linewidth=1.3,
+            )
+            shown = np.isfinite(high)
+            axis.fill_between(
+                depths[shown], low[shown], high[shown], color=color, alpha=0.15
+            )
+        axis.set(yscale="log", title=title, xlabel="depth")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_ylim(top=min(axis.get_ylim()[1], 1e4))
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    for row in axes:
+        row[0].set_ylabel(ylabel)
+    figure.legend(handles.values(), handles.keys(), ncols=4, loc="lower center")
+    figure.tight_layout(rect=(0, legend / height, 1, 1))
+    figure.savefig(path, dpi=110)
     plt.close(figure)

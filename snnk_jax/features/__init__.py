@@ -1,5 +1,6 @@
 r"""Feature maps: pure pairs :math:`\Phi, \Psi` with a shared random projection."""
 
+from snnk_jax.features._append_one import AppendOne as AppendOne
 from snnk_jax.features._arccos import ArcCosine as ArcCosine
 from snnk_jax.features._base import FeatureMap as FeatureMap
 from snnk_jax.features._chain import Chain as Chain

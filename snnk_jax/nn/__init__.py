@@ -3,7 +3,12 @@
 from snnk_jax.nn._adapter import Adapted as Adapted
 from snnk_jax.nn._adapter import BottleneckAdapter as BottleneckAdapter
 from snnk_jax.nn._adapter import SNNKAdapter as SNNKAdapter
+from snnk_jax.nn._bundle import BundledStack as BundledStack
+from snnk_jax.nn._bundle import FoldedFeatures as FoldedFeatures
+from snnk_jax.nn._bundle import StackReport as StackReport
+from snnk_jax.nn._bundle import bundle_stack as bundle_stack
 from snnk_jax.nn._dense import SNNKDense as SNNKDense
+from snnk_jax.nn._mlp import SNNKMlp as SNNKMlp
 from snnk_jax.nn._projection import Projection as Projection
 from snnk_jax.nn._report import ModelReport as ModelReport
 from snnk_jax.nn._report import model_report as model_report

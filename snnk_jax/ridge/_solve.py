@@ -24,6 +24,8 @@ _EIGH_WIDTH = 4096
 # Condition numbers above which the rounding of sums shows in the coefficients, and the
 # relative size of that rounding.
 _LIMITS = {4: 1e4, 8: 1e12}
+# Least penalty that is tried, as a share of the norm of the Gram matrix.
+_LEAST = {4: 1e-7, 8: 1e-11}
 _ROUNDING = {4: 1e-7, 8: 1e-15}
 
 
@@ -272,7 +274,7 @@ def select_l2(
     Args:
       stats: statistics of the training rows.
       l2s: penalties per example, positive. None: a grid from the precision of the
-        statistics (1e-7 of the norm of the Gram matrix over n; 1e-13 in float64) to
+        statistics (1e-7 of the norm of the Gram matrix over n; 1e-11 in float64) to
         ten times the norm; by decades and then thirds of them in wide matrices.
       criterion: what to minimise.
       validation: statistics of held-out rows.
@@ -330,7 +332,7 @@ def select_l2(
     if l2s is not None:
         best = judge(np.asarray(l2s, np.float64))
     else:
-        low = np.log10(_rounding(stats)) // 1
+        low = np.log10(_LEAST[stats.weight.high.dtype.itemsize])
         best = judge(top * 10.0 ** np.arange(low, 1.5, 1 if wide else 1 / 6))
         if wide:
             best = judge(best * 10.0 ** (np.array([-2, -1, 1, 2]) / 3))
