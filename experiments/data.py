@@ -8,8 +8,10 @@ every number of processes sees the same global batches.
 """
 
 import dataclasses
+import gzip
 import io
 import itertools
+import math
 import pathlib
 import queue
 import threading
@@ -240,6 +242,49 @@ _LOADERS: dict[str, Callable] = {
     "tinyimagenet32": _tinyimagenet32,
     "synthetic": _synthetic,
 }
+
+
+def mnist_arrays(
+    directory: str | pathlib.Path,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """MNIST from the four gzipped idx files, as they are published.
+
+    Args:
+      directory: folder of ``train-images-idx3-ubyte.gz`` and its three companions.
+
+    Returns:
+      Training images ``uint8[60000, 28, 28]`` and labels ``int32[60000]``, then the
+      10000 of the test split.
+
+    Raises:
+      FileNotFoundError: if a file is not there.
+      ValueError: if a file is no idx file of bytes, or is cut short.
+    """
+    arrays = []
+    for split in ("train", "t10k"):
+        for part in ("images-idx3", "labels-idx1"):
+            arrays.append(_idx(pathlib.Path(directory) / f"{split}-{part}-ubyte.gz"))
+    x_train, y_train, x_test, y_test = arrays
+    return x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32)
+
+
+def _idx(path: pathlib.Path) -> np.ndarray:
+    """An array of bytes: zero, zero, 8, rank, big-endian sizes, values."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"data.dir must be a folder that holds {path.name}. Got "
+            f"{str(path.parent)!r}. Pass it with --config.data.dir=FOLDER."
+        )
+    content = gzip.decompress(path.read_bytes())
+    rank = content[3] if content[:3] == b"\0\0\x08" else 0
+    shape = tuple(np.frombuffer(content[4 : 4 + 4 * rank], ">i4").tolist())
+    values = content[4 + 4 * rank :]
+    if not rank or len(values) != math.prod(shape):
+        raise ValueError(
+            f"{path.name} must be a whole idx file of bytes. Got {len(content)} bytes "
+            f"that start with {content[:4].hex()}."
+        )
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def _npz(directory: str, filename: str) -> dict[str, np.ndarray]:

@@ -1,3 +1,4 @@
+import gzip
 import io
 import threading
 
@@ -14,6 +15,7 @@ from experiments.data import (
     eval_batches,
     from_float,
     load,
+    mnist_arrays,
     prefetch,
 )
 
@@ -364,3 +366,53 @@ def test_resized_makes_rgb_squares(shape):
     batch = split.__getitems__(np.array([1, 0]))
     np.testing.assert_array_equal(batch["image"], np.full((2, 5, 5, 3), 7))
     np.testing.assert_array_equal(batch["label"], [1, 0])
+
+
+def write_idx(path, array):
+    """An idx file of bytes, written from its published description."""
+    header = bytes([0, 0, 8, array.ndim])
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(gzip.compress(header + sizes + array.tobytes()))
+
+
+def write_mnist(folder, train=6, test=3):
+    rng = np.random.default_rng(0)
+    written = []
+    for split, n in (("train", train), ("t10k", test)):
+        images = rng.integers(0, 256, (n, 28, 28), np.uint8)
+        labels = rng.integers(0, 10, n, np.uint8)
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
+        written += [images, labels]
+    return written
+
+
+def test_mnist_arrays(tmp_path):
+    written = write_mnist(tmp_path)
+    arrays = mnist_arrays(tmp_path)
+    for got, expected in zip(arrays, written, strict=True):
+        np.testing.assert_array_equal(got, expected)
+    assert [a.dtype for a in arrays] == [np.uint8, np.int32, np.uint8, np.int32]
+
+
+def test_mnist_files_that_are_missing_cut_or_of_another_kind(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train-images.*--config.data.dir="):
+        mnist_arrays(tmp_path)
+    write_mnist(tmp_path)
+    file = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    content = gzip.decompress(file.read_bytes())
+    for bad in (content[:-1], content[:2] + b"\x0d" + content[3:], b""):
+        file.write_bytes(gzip.compress(bad))
+        with pytest.raises(ValueError, match=r"t10k-labels.* must be a whole idx file"):
+            mnist_arrays(tmp_path)
+
+
+def test_real_mnist(data_dir):
+    x_train, y_train, x_test, y_test = mnist_arrays(data_dir("mnist"))
+    assert x_train.shape == (60_000, 28, 28)
+    assert x_test.shape == (10_000, 28, 28)
+    assert y_train[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert y_test[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    # The published mean and deviation of the training pixels.
+    assert abs(x_train.mean() / 255 - 0.1307) < 1e-4
+    assert abs(x_train.std() / 255 - 0.3081) < 1e-4
