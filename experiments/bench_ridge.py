@@ -1,10 +1,10 @@
 """Speed of the streamed ridge regression beside the machine's own products.
 
     python -m experiments.bench_ridge
-    python -m experiments.bench_ridge --examples=1000000 --in_features=1024 \
-        --num_features=10000                                  # on a GPU
-    python -m experiments.bench_ridge --examples=5000000 --in_features=1280 \
-        --num_features=65536 --generate --method=cg           # on a GPU
+    python -m experiments.bench_ridge --examples=1000000 --dim=1024 \
+        --features=10000                                  # on a GPU
+    python -m experiments.bench_ridge --examples=5000000 --dim=1280 \
+        --features=65536 --generate --method=cg           # on a GPU
 
 Cosine features of random inputs, computed chunk by chunk on the way into the Gram
 matrix. The useful operations are ``2 n d`` for every direction and ``n m (m + 1)`` for
@@ -29,18 +29,18 @@ from experiments.runner import describe_environment
 from snnk_jax import ridge
 
 _EXAMPLES = flags.DEFINE_integer("examples", 200_000, "Rows n.")
-_IN = flags.DEFINE_integer("in_features", 128, "Input width d.")
-_FEATURES = flags.DEFINE_integer("num_features", 4096, "Features m, even.")
-_TARGETS = flags.DEFINE_integer("num_targets", 10, "Targets o.")
+_IN = flags.DEFINE_integer("dim", 128, "Input width d.")
+_FEATURES = flags.DEFINE_integer("features", 4096, "Features m, even.")
+_TARGETS = flags.DEFINE_integer("targets", 10, "Targets o.")
 _CHUNK = flags.DEFINE_integer("chunk_size", 8192, "Rows at a time.")
 _GENERATE = flags.DEFINE_bool(
     "generate", False, "Draw the inputs of each chunk on the device."
 )
 _METHOD = flags.DEFINE_enum("method", "cholesky", ["cholesky", "cg", "none"], "Solver.")
 _SKLEARN = flags.DEFINE_bool("sklearn", False, "Time scikit-learn's Ridge as well.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Timings; the best and all are printed.")
+_ROUNDS = flags.DEFINE_integer("repeats", 3, "Timings; the best and all are printed.")
 _L2 = flags.DEFINE_float("l2", 1e-4, "Penalty per example.")
-_JSON = flags.DEFINE_string("json", "", "Also write the figures to this file.")
+_JSON = flags.DEFINE_string("figures", "", "Also write the figures to this file.")
 
 
 def timed(fn: Any, *args: Any) -> tuple[float, Any]:

@@ -121,6 +121,7 @@ def test_one_level_is_the_layer_and_its_linear():
         np.testing.assert_array_equal(net.params[name], value)
 
 
+@pytest.mark.slow
 def test_maps_of_several_kinds_stack():
     kernels, biases, x = network((9, 7, 8))
     cubic = Polynomial(coefficients=(0.1, 0.5, 0.2), num_features=24)
@@ -129,6 +130,7 @@ def test_maps_of_several_kinds_stack():
     assert [level.kappa is None for level in net.levels] == [True, True, False]
 
 
+@pytest.mark.slow
 def test_deep_bundling_is_not_an_approximation():
     # What the documentation says of rectifiers, at many features.
     fm = ArcCosine(num_features=512, projection="gaussian")
@@ -191,6 +193,7 @@ def test_rescaling_is_another_activation_and_says_so():
     np.testing.assert_allclose(net.readout, psi, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rescaled_stacks_stay_finite_at_any_depth():
     kernels, biases, x = network((32,) * 12, norm=3.0)
     for fm in (COS, Exponential(num_features=64)):
@@ -202,6 +205,7 @@ def test_rescaled_stacks_stay_finite_at_any_depth():
     assert np.isfinite(deep(x)).all()
 
 
+@pytest.mark.slow
 def test_references_of_shrinkage_are_the_inputs_of_the_level():
     kernels, biases, x = network((9, 7))
     fm = URF(activation="cos", num_features=64, shrinkage=True)

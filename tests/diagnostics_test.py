@@ -308,7 +308,7 @@ def test_linearity_is_leave_one_out_least_squares(num):
     for i in range(num):
         rest = np.arange(num) != i
         # A ridge of the same penalty: least squares with rows of their own for it.
-        design = np.concatenate([columns[rest], fit.l2**0.5 * np.eye(6)])
+        design = np.concatenate([columns[rest], (num * fit.l2) ** 0.5 * np.eye(6)])
         target = np.concatenate([y[rest], np.zeros((6, 3))])
         best, *_ = np.linalg.lstsq(design, target)
         wrong[i] = y[i] - columns[i] @ best

@@ -22,7 +22,13 @@ CLOSE = tolerance("float32")
 
 # Coupled directions change the law of the estimates, nothing else: where a map stands
 # with both, the tests that are not statistical take the independent ones.
-PLAIN = [case for case in CASES if not case.name.endswith("_orthogonal")]
+# Shrinkage compiles long; one of its maps is enough outside the slow tier.
+LONG = ("urf_shrunk_gelu", "exponential_shrunk")
+PLAIN = [
+    pytest.param(case, marks=pytest.mark.slow) if case.name in LONG else case
+    for case in CASES
+    if not case.name.endswith("_orthogonal")
+]
 each_case = pytest.mark.parametrize("case", PLAIN, ids=lambda case: case.name)
 each_unbiased_case = pytest.mark.parametrize(
     "case", [case for case in CASES if not case.biased], ids=lambda case: case.name

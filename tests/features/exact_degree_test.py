@@ -18,8 +18,18 @@ MAPS = {
     "tanh": URF(activation="tanh", num_features=64, projection="sobol"),
     "exp": Exponential(num_features=64, scale=1.0),
 }
-each_map = pytest.mark.parametrize("name", MAPS)
-each_kind = pytest.mark.parametrize("name", ["cos", "gelu", "exp"])
+
+
+def each(names, quick):
+    """All the names, those that are not quick in the slow tier."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "name", [n if n in quick else pytest.param(n, marks=slow) for n in names]
+    )
+
+
+each_map = each(MAPS, ("cos", "gelu"))
+each_kind = each(("cos", "gelu", "exp"), ("cos",))
 each_degree = pytest.mark.parametrize("degree", [0, 1, 2])
 
 

@@ -54,7 +54,9 @@ def random_rows(features, params, kernel, bias):
 
 
 @each_activation
-@pytest.mark.parametrize("kappa", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize(
+    "kappa", [1.0, *(pytest.param(k, marks=pytest.mark.slow) for k in (0.5, 2.0, 4.0))]
+)
 def test_never_worse_than_the_affine_map(name, kappa):
     features = make(name, kappa)
     for seed in range(2):
