@@ -29,9 +29,8 @@ from ml_collections import ConfigDict
 import snnk_jax as snnk
 from experiments import plots
 from experiments.jobs import run_jobs
-from experiments.metrics import write_json
 from experiments.report import document, markdown
-from experiments.runner import claim, describe_environment
+from experiments.runner import open_workdir
 from snnk_jax.features import URF, ArcCosine, Chain, FeatureMap
 
 METHODS = {
@@ -370,9 +369,7 @@ def run(
     """
     check(config)
     workdir = pathlib.Path(workdir)
-    claim(workdir, config)
-    environment = describe_environment()
-    write_json(workdir / "env.json", environment)
+    environment = open_workdir(workdir, config)
     start = time.perf_counter()
     todo = [(job.name, functools.partial(measure, job, config)) for job in jobs(config)]
     rows = run_jobs(workdir, todo, "depth error")

@@ -13,9 +13,8 @@ from typing import Any
 
 from experiments import ridge_images, ridge_tables, tabular
 from experiments.jobs import Job, run_jobs
-from experiments.metrics import write_json
 from experiments.report import document
-from experiments.runner import claim, describe_environment
+from experiments.runner import open_workdir
 
 
 def _image_jobs(config: Any) -> Iterable[Job]:
@@ -77,9 +76,7 @@ def run(
     workdir = pathlib.Path(workdir)
     jobs, report = _STUDIES[config.study]
     todo = list(jobs(config))
-    claim(workdir, config)
-    environment = describe_environment()
-    write_json(workdir / "env.json", environment)
+    environment = open_workdir(workdir, config)
     start = time.perf_counter()
     rows = run_jobs(workdir, todo, config.name)
     document(workdir, config.name, command, report(workdir, rows, config), environment)

@@ -21,9 +21,8 @@ from ml_collections import ConfigDict
 import snnk_jax as snnk
 from experiments import plots
 from experiments.jobs import run_jobs
-from experiments.metrics import write_json
 from experiments.report import document, markdown
-from experiments.runner import claim, describe_environment
+from experiments.runner import open_workdir
 from snnk_jax.features import URF, ArcCosine, Exponential, FeatureMap, Polynomial
 
 BALANCED = "+ balanced"
@@ -338,9 +337,7 @@ def run(
     """
     check(config)
     workdir = pathlib.Path(workdir)
-    claim(workdir, config)
-    environment = describe_environment()
-    write_json(workdir / "env.json", environment)
+    environment = open_workdir(workdir, config)
     layers = {name: make_layer(REGIMES[name], config) for name in config.regimes}
     start = time.perf_counter()
     todo = [

@@ -32,6 +32,40 @@ def curves(
     _save(figure, path)
 
 
+def _panels(
+    panels: Mapping[str, Any], columns: int, size: tuple[float, float], ncols: int
+) -> tuple[Any, Any, list[str], float]:
+    """Axes of at most so many columns, names of all curves, height of a legend.
+
+    The rest of the last line is empty; ``ncols`` is for :func:`_save_panels`.
+    """
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    legend = 0.25 * -(-len(names) // ncols) + 0.3  # inches
+    height = size[1] * lines + legend
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(size[0] * columns, height), squeeze=False
+    )
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    return figure, axes, names, legend / height
+
+
+def _save_panels(
+    figure: Any,
+    path: str | pathlib.Path,
+    handles: Mapping[str, Any],
+    ncols: int,
+    legend: float,
+) -> None:
+    """Saves a figure with one legend below all panels, a share of its height."""
+    figure.legend(handles.values(), handles.keys(), ncols=ncols, loc="lower center")
+    figure.tight_layout(rect=(0, legend, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def log_curves(
     path: str | pathlib.Path, panels: Mapping[str, Mapping[str, Curve]], ylabel: str
 ) -> None:
@@ -39,14 +73,7 @@ def log_curves(
 
     Predictors without features are dashed; all panels share one legend.
     """
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    legend = 0.25 * -(-len(names) // 5) + 0.3  # inches
-    height = 3.4 * lines + legend
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, height), squeeze=False
-    )
+    figure, axes, names, legend = _panels(panels, 4, (4.2, 3.4), ncols=5)
     handles: dict[str, Any] = {}
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for name, points in curves.items():
@@ -69,13 +96,8 @@ def log_curves(
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.axis("off")
     axes[0][0].set_ylabel(ylabel)
-    figure.legend(handles.values(), handles.keys(), ncols=5, loc="lower center")
-    figure.tight_layout(rect=(0, legend / height, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save_panels(figure, path, handles, 5, legend)
 
 
 def dots(
@@ -170,14 +192,7 @@ def depth_curves(
     values are not finite. Bounds are dashed, all panels share one legend and the limits
     of what is below 1e4.
     """
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    legend = 0.25 * -(-len(names) // 4) + 0.3  # inches
-    height = 3.2 * lines + legend
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.4 * columns, height), squeeze=False
-    )
+    figure, axes, names, legend = _panels(panels, 3, (4.4, 3.2), ncols=4)
     handles: dict[str, Any] = {}
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for name, values in curves.items():
@@ -201,11 +216,6 @@ def depth_curves(
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(top=min(axis.get_ylim()[1], 1e4))
         axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.axis("off")
     for row in axes:
         row[0].set_ylabel(ylabel)
-    figure.legend(handles.values(), handles.keys(), ncols=4, loc="lower center")
-    figure.tight_layout(rect=(0, legend / height, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save_panels(figure, path, handles, 4, legend)

@@ -231,6 +231,14 @@ def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
         write_json(file, settings)
 
 
+def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
+    """Claims a folder and writes ``env.json`` to it; returns what it says."""
+    claim(workdir, config)
+    environment = describe_environment()
+    write_json(workdir / "env.json", environment)
+    return environment
+
+
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():

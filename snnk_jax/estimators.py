@@ -58,6 +58,23 @@ class _RandomFeatures(BaseEstimator):
     random_state: Any
     n_features_in_: int
 
+    def __init__(
+        self,
+        features="arccos",
+        *,
+        num_features=None,
+        depth=1,
+        scale=None,
+        chunk_size=8192,
+        random_state=None,
+    ):
+        self.features = features
+        self.num_features = num_features
+        self.depth = depth
+        self.scale = scale
+        self.chunk_size = chunk_size
+        self.random_state = random_state
+
     def _validate(self, *data: Any, first: bool, **options: Any) -> Any:
         """Checked X or (X, y): the first of either dtype, later ones of the same."""
         dtype = (np.float64, np.float32) if first else self.dtype_
@@ -165,23 +182,6 @@ class FeatureMapTransformer(
       True
     """
 
-    def __init__(
-        self,
-        features="arccos",
-        *,
-        num_features=None,
-        depth=1,
-        scale=None,
-        chunk_size=8192,
-        random_state=None,
-    ):
-        self.features = features
-        self.num_features = num_features
-        self.depth = depth
-        self.scale = scale
-        self.chunk_size = chunk_size
-        self.random_state = random_state
-
     def fit(self, X, y=None):
         """Draws the random parameters for inputs ``X [n, d]``; y is not looked at."""
         del y
@@ -225,14 +225,16 @@ class _RidgeOnFeatures(_RandomFeatures):
         chunk_size=8192,
         random_state=None,
     ):
-        self.features = features
-        self.num_features = num_features
-        self.depth = depth
-        self.scale = scale
+        super().__init__(
+            features,
+            num_features=num_features,
+            depth=depth,
+            scale=scale,
+            chunk_size=chunk_size,
+            random_state=random_state,
+        )
         self.l2 = l2
         self.fit_intercept = fit_intercept
-        self.chunk_size = chunk_size
-        self.random_state = random_state
 
     def __getstate__(self):
         state: Any = super().__getstate__()

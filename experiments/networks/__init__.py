@@ -19,12 +19,11 @@ from ml_collections import ConfigDict
 import snnk_jax as snnk
 from experiments import plots, summary
 from experiments.jobs import Job, run_jobs
-from experiments.metrics import write_json
 from experiments.networks import mnist_mlp, pictures, pinn, siren
 from experiments.networks.model import Method, Network, methods
 from experiments.networks.training import Problem, fit, step_times
 from experiments.report import document, markdown
-from experiments.runner import claim, describe_environment
+from experiments.runner import open_workdir
 from snnk_jax._files import write_atomic
 
 NETWORKS = {"siren": siren, "pinn": pinn, "mnist_mlp": mnist_mlp}
@@ -112,9 +111,7 @@ def run(
     check(config)
     problems = NETWORKS[config.network].problems(config)
     workdir = pathlib.Path(workdir)
-    claim(workdir, config)
-    environment = describe_environment()
-    write_json(workdir / "env.json", environment)
+    environment = open_workdir(workdir, config)
     results, parts = [], []
     for problem in problems:
         rivals = methods(config, problem.inputs, problem.outputs)

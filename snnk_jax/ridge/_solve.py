@@ -330,7 +330,7 @@ def select_l2(
         return min(judged, key=lambda l2: judged[l2][0])
 
     if l2s is not None:
-        best = judge(np.asarray(l2s, np.float64))
+        best = judge(l2s)
     else:
         low = np.log10(_LEAST[stats.weight.high.dtype.itemsize])
         best = judge(top * 10.0 ** np.arange(low, 1.5, 1 if wide else 1 / 6))

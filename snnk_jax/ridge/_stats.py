@@ -389,8 +389,7 @@ def with_shift(stats: RidgeStats, phi: Any, y: Any, weights: Any) -> RidgeStats:
 def shifts(stats: RidgeStats) -> tuple[Any, Any]:
     """Both shifts, zeros where there is none."""
     if stats.phi_shift is None:
-        zeros = jax.tree.map(jnp.zeros_like, (stats.phi_sum.high, stats.y_sum.high))
-        return zeros
+        return jnp.zeros_like(stats.phi_sum.high), jnp.zeros_like(stats.y_sum.high)
     return stats.phi_shift, stats.y_shift
 
 
