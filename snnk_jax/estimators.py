@@ -268,8 +268,12 @@ class _RidgeOnFeatures(_RandomFeatures):
         self.stats_ = _to_host(stats)
 
     def _add(self, x: np.ndarray, y: np.ndarray, weights: np.ndarray | None) -> None:
+        self._keep(self._changed(ridge.update_chunks, x, y, weights))
+
+    def _changed(self, change: Any, x: Any, y: Any, weights: Any) -> ridge.RidgeStats:
+        """The statistics with the rows or without them."""
         with self._dtype():
-            stats = ridge.update_chunks(
+            return change(
                 self.stats_,
                 jnp.asarray(x),
                 jnp.asarray(y),
@@ -277,14 +281,9 @@ class _RidgeOnFeatures(_RandomFeatures):
                 phi=self._phi(),
                 chunk_size=self.chunk_size,
             )
-        self._keep(stats)
 
     def _take(self, x: np.ndarray, y: np.ndarray, weights: np.ndarray | None) -> None:
-        stats, phi = self.stats_, self._phi()
-        with self._dtype():
-            for rows in _chunks(len(x), self.chunk_size):
-                own = None if weights is None else weights[rows]
-                stats = _downdate(stats, phi, x[rows], y[rows], own)
+        stats = self._changed(ridge.downdate_chunks, x, y, weights)
         if stats.rows < 0:
             raise ValueError(
                 f"rows to unlearn must have been learned. Got {len(x)} for the "
@@ -537,11 +536,6 @@ def _features(phi, x):
 @jax.jit
 def _readout(phi, kernel, bias, x):
     return contract(phi(x), kernel, precision="highest") + bias[None]
-
-
-@jax.jit
-def _downdate(stats, phi, x, y, weights):
-    return ridge.downdate(stats, phi(x), y, weights)
 
 
 def _checked_weights(sample_weight: Any, x: np.ndarray) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from snnk_jax import activations
 from snnk_jax.features._sampling import amplified_mass, sample_rates
 from snnk_jax.features._series import FourierSeries, fourier_series
 from snnk_jax.features._towers import Layout, Terms, TowerFeatures
+from snnk_jax.features._trig import cos_sin
 from snnk_jax.typing import Array, Dtype, Params, UInt32
 
 
@@ -194,7 +195,7 @@ class URF(TowerFeatures):
 
     def _input_tower(self, z: Array, square: Array, log_damp: Array) -> list[Array]:
         size = jnp.exp(square / 2 + log_damp)
-        cosine, sine = size * jnp.cos(z), size * jnp.sin(z)
+        cosine, sine = (size * wave for wave in cos_sin(z))
         if self.exact_degree is not None:
             damp = jnp.exp(log_damp)
             cosine = cosine - damp

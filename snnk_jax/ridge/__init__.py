@@ -27,9 +27,10 @@ from snnk_jax.ridge._solve import leave_one_out as leave_one_out
 from snnk_jax.ridge._solve import select_l2 as select_l2
 from snnk_jax.ridge._solve import solve as solve
 from snnk_jax.ridge._stats import RidgeStats as RidgeStats
-from snnk_jax.ridge._stats import downdate as downdate
 from snnk_jax.ridge._stats import init as init
 from snnk_jax.ridge._stats import merge as merge
-from snnk_jax.ridge._stats import update as update
-from snnk_jax.ridge._stats import update_chunks as update_chunks
 from snnk_jax.ridge._sums import Total as Total
+from snnk_jax.ridge._update import downdate as downdate
+from snnk_jax.ridge._update import downdate_chunks as downdate_chunks
+from snnk_jax.ridge._update import update as update
+from snnk_jax.ridge._update import update_chunks as update_chunks

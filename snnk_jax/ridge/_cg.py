@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snnk_jax.ridge._solve import PrecisionWarning, RidgeSolution, check_l2
-from snnk_jax.ridge._stats import RidgeStats, shifts
+from snnk_jax.ridge._stats import RidgeStats, recentre, shifts
 from snnk_jax.typing import PRNGKeyArray
 
 
@@ -158,22 +158,19 @@ class _System(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _prepare(stats: RidgeStats, intercept: bool) -> _System:
-    a, c = shifts(stats)
+    zeros = jnp.zeros_like(stats.phi_sum.high), jnp.zeros_like(stats.y_sum.high)
+    if not intercept:
+        # About zero, where the mean that is taken out again is none.
+        stats = recentre(stats, *zeros)
     weight = stats.weight.high
-    s, t = stats.phi_sum.high / weight, stats.y_sum.high / weight
     upper = jnp.triu(stats.gram.high)
     gram = upper + jnp.triu(upper, 1).T
+    cross, square = stats.cross.high, stats.y_square.high
     if not intercept:
-        # About zero: the mean is put back instead of taken out.
-        gram = gram + weight * (jnp.outer(s, a) + jnp.outer(a, s) + jnp.outer(a, a))
-        cross = stats.cross.high + weight * (
-            jnp.outer(s, c) + jnp.outer(a, t) + jnp.outer(a, c)
-        )
-        square = stats.y_square.high + weight * (2 * c * t + c * c)
-        zeros = jnp.zeros_like(s), jnp.zeros_like(t)
         return _System(gram, zeros[0], weight, cross, square, *zeros)
-    cross = stats.cross.high - weight * jnp.outer(s, t)
-    square = stats.y_square.high - weight * t * t
+    a, c = shifts(stats)
+    s, t = stats.phi_sum.high / weight, stats.y_sum.high / weight
+    cross, square = cross - weight * jnp.outer(s, t), square - weight * t * t
     return _System(gram, s, weight, cross, square, a + s, c + t)
 
 

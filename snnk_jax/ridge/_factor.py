@@ -193,5 +193,7 @@ def _power(apply: Any, size: int, steps: int = 30) -> float:
             return 0.0
         v = apply(v / norm)
         v = v.reshape(size)
-        value = float(np.linalg.norm(v))
+        last, value = value, float(np.linalg.norm(v))
+        if value - last <= 1e-3 * value:
+            break
     return value

@@ -13,9 +13,9 @@ import numpy as np
 from scipy import special
 
 from snnk_jax.ridge import _factor
+from snnk_jax.ridge._accumulate import Map, as_pytree
 from snnk_jax.ridge._factor import blas
 from snnk_jax.ridge._solve import check_l2
-from snnk_jax.ridge._stats import Map, as_pytree
 from snnk_jax.typing import Array, Float
 
 # Penalties below this many times ``m * eps`` of the norm of the Hessian are raised to

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snnk_jax.ridge._stats import (
-    Map,
-    RidgeStats,
-    as_pytree,
-    check_chunks,
-    loop_chunks,
-    merge,
-    with_shift,
+from snnk_jax.ridge._accumulate import Map, as_pytree, first_shift, loop_chunks
+from snnk_jax.ridge._stats import RidgeStats, merge
+from snnk_jax.ridge._sums import (
+    Total,
+    add_blocks,
+    add_product,
+    join_upper,
+    split_upper,
 )
-from snnk_jax.ridge._sums import Total, add_product
+from snnk_jax.ridge._update import check_chunks
 from snnk_jax.typing import Array, Float
 
 
@@ -154,32 +154,22 @@ def _update_sharded(
         return add_product(total, left, right, sign)
 
     def local(stats: RidgeStats, x: Any, y: Any, weights: Any) -> RidgeStats:
-        own = jax.tree.map(jnp.zeros_like, stats)
-        own = own._replace(phi_shift=stats.phi_shift, y_shift=stats.y_shift)
+        shift = None, None
         if stats.phi_shift is not None:
-            own = first_shift(stats, own, x, y, weights)
-        add_gram = add_own_rows if features else None
-        # No device may set a shift of its own: none takes its rows for the first.
-        own = own._replace(rows=own.rows + 1)
-        own = loop_chunks(own, x, y, weights, phi, chunk_size, add_gram)
-        own = own._replace(rows=own.rows - 1)
-        shift = own.phi_shift, own.y_shift
+            # The same for all: the mean of what each would take.
+            first = first_shift(stats, x, y, phi)
+            shift = jax.lax.pmean((first.phi_shift, first.y_shift), data)
+        own = jax.tree.map(jnp.zeros_like, stats)
+        own = own._replace(phi_shift=shift[0], y_shift=shift[1])
+        gram = own.gram
+        if features:
+            own = loop_chunks(own, x, y, weights, phi, chunk_size, add_own_rows)
+        else:
+            own = own._replace(gram=split_upper(gram))
+            own = loop_chunks(own, x, y, weights, phi, chunk_size, add_blocks)
+            own = own._replace(gram=join_upper(gram, own.gram))
         own = jax.lax.psum(own._replace(phi_shift=None, y_shift=None), data)
         return own._replace(phi_shift=shift[0], y_shift=shift[1])
-
-    def first_shift(
-        stats: RidgeStats, own: RidgeStats, x: Any, y: Any, weights: Any
-    ) -> RidgeStats:
-        """The mean of every device's first rows, unless there is a shift already."""
-        head = slice(0, min(_HEAD, chunk_size))
-        phi_head, y_head = phi(jax.tree.map(lambda a: a[head], x)), y[head]
-        dtype = stats.weight.high.dtype
-        ones = jnp.ones(len(y_head), dtype) if weights is None else weights[head]
-        first = with_shift(stats, phi_head, y_head.astype(dtype), ones.astype(dtype))
-        return own._replace(
-            phi_shift=jax.lax.pmean(first.phi_shift, data),
-            y_shift=jax.lax.pmean(first.y_shift, data),
-        )
 
     added = jax.shard_map(
         local,
@@ -190,7 +180,3 @@ def _update_sharded(
         check_vma=False,
     )(stats, x, y, weights)
     return merge(stats, added)
-
-
-# Rows of a device whose mean makes the shift: enough for its size, not for its digits.
-_HEAD = 256

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from snnk_jax.ridge import _accumulate
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -43,3 +45,12 @@ def make_problem():
         return Problem(*(a.astype(np.float32) for a in (phi, y, weights)))
 
     return make
+
+
+@pytest.fixture(params=["compiled", "blas"])
+def route(request, monkeypatch):
+    """Both ways to gather statistics on a CPU, in several pieces of small problems."""
+    wide = 1 if request.param == "blas" else 1 << 30
+    sizes = {"_WIDE": wide, "_TALL": 0, "_LONGEST": 5, "_BLOCK": 25, "_CACHED": 200}
+    for name, size in sizes.items():
+        monkeypatch.setattr(_accumulate, name, size)

@@ -64,6 +64,17 @@ def test_digits_above_the_stated_penalty(make_problem, condition, penalty, m):
     assert error < 1e-4
 
 
+@pytest.mark.parametrize("n", [6000, 20_000], ids=["compiled", "blas"])
+def test_digits_of_wide_features(make_problem, n):
+    problem = make_problem(n=n, m=1024, condition=1e6)
+    z = problem.phi - problem.phi.mean(axis=0)
+    l2 = 1e-4 * float(np.linalg.norm(z.T @ z, 2)) / n
+    kernel, _, _ = problem.coefficients(l2)
+    stats = ridge.update_chunks(ridge.init(1024, 3), *jnp_rows(problem))
+    error = ridge.solve(stats, l2).kernel - kernel
+    assert np.linalg.norm(error) < 1e-4 * np.linalg.norm(kernel)
+
+
 def test_a_warning_below_it(make_problem):
     problem = make_problem(n=2000, condition=1e6)
     stats = of(problem)
