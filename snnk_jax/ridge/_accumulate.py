@@ -1,9 +1,8 @@
 """The sums of rows, a chunk at a time: in one compiled loop, or with BLAS on a CPU."""
 
-import concurrent.futures
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -218,20 +217,22 @@ def _host_loop(
     rows, product = np.empty((chunk_size, m), dtype), np.zeros((m, m), dtype)
     with_phi = np.zeros((stats.num_targets + 1, m))
     with_y = np.zeros((stats.num_targets + 1,) * 2)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for own in _slices(num, chunk_size):
-            root = np.sqrt(weights[own].astype(np.float64))[:, None]
-            # A last target of ones makes the plain sums.
-            ones = np.ones_like(root)
-            targets = np.append(y[own] - y_shift.astype(np.float64), ones, 1) * root
-            inputs = jax.tree.map(operator.itemgetter(own), x)
-            narrow = targets.astype(dtype), root.astype(dtype)
-            write = functools.partial(_write, rows, phi, phi_shift, inputs, *narrow)
-            for part in pool.map(write, _slices(len(root), _BLOCK)):
-                with_phi += part
-            product = _symmetric(rows[: len(root)], product)
-            _add_upper(high, low, product, sign)
-            with_y += targets.T @ targets
+    for own in _slices(num, chunk_size):
+        root = np.sqrt(weights[own].astype(np.float64))[:, None]
+        # A last target of ones makes the plain sums.
+        ones = np.ones_like(root)
+        targets = np.append(y[own] - y_shift.astype(np.float64), ones, 1) * root
+        chunk = (
+            jax.tree.map(operator.itemgetter(own), x),
+            targets.astype(dtype),
+            root.astype(dtype),
+        )
+        for part, result in _ahead(_rows_and_product, phi, phi_shift, chunk):
+            rows[part], with_part = (np.asarray(array) for array in result)
+            with_phi += with_part
+        product = _symmetric(rows[: len(root)], product)
+        _add_upper(high, low, product, sign)
+        with_y += targets.T @ targets
     sums = {
         "cross": with_phi[:-1].T,
         "phi_sum": with_phi[-1],
@@ -259,19 +260,15 @@ def _view(array: Any) -> Any:
     return array if extended else np.asarray(array)
 
 
-def _write(
-    out: np.ndarray,
-    phi: Map,
-    shift: np.ndarray,
-    inputs: Any,
-    targets: np.ndarray,
-    root: np.ndarray,
-    part: slice,
-) -> np.ndarray:
-    """Writes a part of the rows; returns its product with the targets."""
-    x, targets, root = jax.tree.map(operator.itemgetter(part), (inputs, targets, root))
-    out[part], product = _rows_and_product(phi, shift, x, targets, root)
-    return np.asarray(product)
+def _ahead(fn: Any, phi: Map, shift: np.ndarray, chunk: Any) -> Iterator[Any]:
+    """Results of ``fn`` part by part, the next one begun before one is waited for."""
+    waiting = None
+    for part in _slices(len(chunk[-1]), _BLOCK):
+        begun = part, fn(phi, shift, *jax.tree.map(operator.itemgetter(part), chunk))
+        if waiting is not None:
+            yield waiting
+        waiting = begun
+    yield waiting
 
 
 @jax.jit
