@@ -82,8 +82,9 @@ def update_chunks(
     r"""Adds rows chunk by chunk, their features computed on the way.
 
     It needs memory for the statistics and one chunk of features, ``O(m^2 + chunk_size
-    * m)``, not for ``[n, m]``. On a CPU 1024 features and more are multiplied by BLAS,
-    chunk by chunk; elsewhere, and inside a ``jax.jit``, all is one compiled loop.
+    * m)``, not for ``[n, m]``. On a CPU 1024 features and more, of at least 16 times
+    as many rows, are multiplied by BLAS chunk by chunk; elsewhere, and inside a
+    ``jax.jit``, all is one compiled loop.
 
     Args:
       stats: the statistics so far.
@@ -93,7 +94,8 @@ def update_chunks(
       phi: maps a chunk of inputs to features, ``functools.partial(fm.phi, params)``
         for a feature map. The arrays in such a partial are arguments of the compiled
         loop: other parameters do not compile it again. None: x are the features.
-      chunk_size: rows at a time.
+      chunk_size: rows at a time; at most ``32 sqrt(n)`` (and 256) are taken, since
+        longer sums round more.
 
     Raises:
       ValueError: for shapes that do not fit.
