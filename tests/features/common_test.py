@@ -146,12 +146,14 @@ def test_psi_column_depends_on_its_column_only(case):
     features, params, _, kernel, bias = setup(case)
     psi = features.psi(params, kernel, bias)
     assert psi.shape == (features.num_features, OUTPUTS)
+    # Shrunk maps fit their sizes to references: rounding is relative to the largest.
+    close = {"rtol": 2e-5, "atol": 2e-5 * float(np.abs(psi).max())}
     for j in range(OUTPUTS):
         column = slice(j, j + 1)
         alone = features.psi(
             params, kernel[:, column], None if bias is None else bias[column]
         )
-        np.testing.assert_allclose(alone, psi[:, column], **CLOSE)
+        np.testing.assert_allclose(alone, psi[:, column], **close)
     moved = features.psi(
         params, kernel.at[:, 0].add(1.0), None if bias is None else bias.at[0].add(1.0)
     )
