@@ -232,6 +232,7 @@ def test_a_large_kappa_is_infeasible_and_said_so():
     assert "not 0.01" in found.reason
 
 
+@pytest.mark.slow
 def test_the_floor_of_the_series_is_named():
     x, kernel, _ = make_layer(0.5)
     found = suggest_num_features(
@@ -344,6 +345,7 @@ def test_small_kappa_is_affine():
     assert report.random < 1.05 * report.tangent
 
 
+@pytest.mark.slow
 def test_decaying_spectra_are_carried_by_random_features():
     x, kernel, bias = make_layer(3.0, 4.0, num=1000, outputs=64)
     report = layer_report("cos", x, kernel, bias, num_features=256)

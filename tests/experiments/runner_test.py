@@ -37,6 +37,7 @@ def test_quicktest_of_every_config(name, tmp_path):
     assert png.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_sweep_picks_a_rate_and_does_not_repeat_finished_runs(tmp_path):
     config = load_config(
         QUICK,
@@ -91,6 +92,7 @@ def test_a_run_goes_on_from_another_workdir(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_an_export_can_be_fine_tuned(tmp_path):
     weights = tmp_path / "vit.safetensors"
     run(

@@ -352,6 +352,7 @@ def test_a_non_finite_loss_between_two_logged_steps(fit, tmp_path):
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [REPLICATE, ((".*", ("fsdp", "data")),)])
 def test_eight_devices_follow_one(fit, tmp_path, rules):
     recipe = dataclasses.replace(RECIPE, steps=8, checkpoint_every=0)
@@ -368,6 +369,7 @@ def test_eight_devices_follow_one(fit, tmp_path, rules):
     assert a[8] != a[1]
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_on_one_device(fit, dataset, tmp_path):
     fsdp = ((".*", ("fsdp", "data")),)
     fit(folder="whole", rules=fsdp)

@@ -186,6 +186,7 @@ def test_finite_at_any_norm(name, dtype):
     )
 
 
+@pytest.mark.slow
 def test_gradients_do_not_go_through_the_choice():
     # The gradient of the readout is that of the unshrunk one times the factors.
     features = make("gelu", 1.0, num_features=256)

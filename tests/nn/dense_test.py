@@ -122,6 +122,7 @@ def test_wrong_width(unchecked):
         layer(jnp.ones((4, 11)))
 
 
+@pytest.mark.slow
 def test_from_linear_balances_to_samples():
     rng = np.random.default_rng(0)
     spectrum = 3 / np.arange(1, 33)

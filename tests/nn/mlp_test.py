@@ -52,6 +52,7 @@ def test_many_features_estimate_the_block():
     np.testing.assert_allclose(build(mlp, fm)(x), mlp(x), atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_block_of_the_vit_and_samples_to_balance_to():
     config = snnk.models.vit.ViTConfig(
         image_size=8,
