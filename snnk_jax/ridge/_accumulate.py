@@ -23,6 +23,9 @@ from snnk_jax.ridge._sums import (
 Map = Callable[[Any], Any]
 """Turns a chunk of inputs into features ``[n, m]``."""
 
+Rows = tuple[Any, Any, Any]
+"""Inputs, targets and weights or None."""
+
 AddGram = Callable[[Any, Any, Any, int], Any]
 """``add_gram(gram, left, right, sign)`` adds ``sign * left.T @ right``."""
 
@@ -56,10 +59,10 @@ def accumulate(
     rows, phi = (x, y, weights), as_pytree(phi)
     try:
         if _suits_blas(stats, rows, phi):
-            return _host_loop(stats, *rows, phi, chunk_size, sign)
+            return _host_loop(stats, rows, phi, chunk_size, sign)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         pass  # traced: part of the caller's compiled program
-    return _compiled_loop(stats, *rows, phi, chunk_size, sign)
+    return _compiled_loop(stats, rows, phi, chunk_size, sign)
 
 
 def as_pytree(phi: Map | None) -> Map:
@@ -75,37 +78,35 @@ def _identity(x: Any) -> Any:
     return x
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _compiled_loop(
-    stats: RidgeStats,
-    x: Any,
-    y: Any,
-    weights: Any,
-    phi: Map,
-    chunk_size: int,
-    sign: int,
+    stats: RidgeStats, rows: Rows, phi: Map, chunk_size: int, sign: int
 ) -> RidgeStats:
-    stats = first_shift(stats, x, y, phi)
+    x, y, _ = rows
+    return loop_upper(first_shift(stats, x, y, phi), rows, phi, chunk_size, sign)
+
+
+def loop_upper(
+    stats: RidgeStats, rows: Rows, phi: Map, chunk_size: int, sign: int = 1
+) -> RidgeStats:
+    """:func:`loop_chunks` of a whole Gram matrix, of which it takes the triangle."""
     gram = stats.gram
     stats = stats._replace(gram=split_upper(gram))
-    stats = loop_chunks(stats, x, y, weights, phi, chunk_size, add_blocks, sign)
+    stats = loop_chunks(stats, rows, phi, chunk_size, add_blocks, sign)
     return stats._replace(gram=join_upper(gram, stats.gram))
 
 
 def loop_chunks(
     stats: RidgeStats,
-    x: Any,
-    y: Any,
-    weights: Any,
+    rows: Rows,
     phi: Map,
     chunk_size: int,
     add_gram: AddGram,
     sign: int = 1,
 ) -> RidgeStats:
     """Adds all rows in a traced loop; the shift is set, ``gram`` suits ``add_gram``."""
-    num = y.shape[0]
+    num = rows[1].shape[0]
     size = min(chunk_size, num)
-    rows = (x, y, weights)
 
     def add_part(stats: RidgeStats, start: Any, count: int) -> RidgeStats:
         cut = functools.partial(
@@ -173,7 +174,7 @@ def add_rows(
     return stats._replace(rows=rows, **totals)
 
 
-def _suits_blas(stats: RidgeStats, rows: Any, phi: Map) -> bool:
+def _suits_blas(stats: RidgeStats, rows: Rows, phi: Map) -> bool:
     """Whether the arrays are here, on one CPU, and wide enough for it to pay."""
     m, num = stats.num_features, len(jax.tree.leaves(rows)[0])
     if m < _WIDE or num < _TALL * m:
@@ -192,13 +193,7 @@ def _suits_blas(stats: RidgeStats, rows: Any, phi: Map) -> bool:
 
 
 def _host_loop(
-    stats: RidgeStats,
-    x: Any,
-    y: Any,
-    weights: Any,
-    phi: Map,
-    chunk_size: int,
-    sign: int,
+    stats: RidgeStats, rows: Rows, phi: Map, chunk_size: int, sign: int
 ) -> RidgeStats:
     """The loop with the symmetric product of BLAS, which XLA does not have.
 
@@ -207,16 +202,18 @@ def _host_loop(
     once: fresh memory is slow.
     """
     high, low = np.array(stats.gram.high), np.array(stats.gram.low)
-    x, y = jax.tree.map(_view, (x, y))
+    *data, weights = rows
+    x, y = jax.tree.map(_view, tuple(data))
     head = jax.tree.map(operator.itemgetter(slice(_HEAD)), (x, y))
     stats = _first_shift(stats._replace(gram=None), *head, phi)
     phi_shift, y_shift = (np.asarray(shift) for shift in shifts(stats))
     num, m, dtype = len(y), len(high), high.dtype
     weights = np.ones(num, dtype) if weights is None else np.asarray(weights)
     chunk_size = min(chunk_size, num)
-    rows, product = np.empty((chunk_size, m), dtype), np.zeros((m, m), dtype)
+    features, product = np.empty((chunk_size, m), dtype), np.zeros((m, m), dtype)
     with_phi = np.zeros((stats.num_targets + 1, m))
     with_y = np.zeros((stats.num_targets + 1,) * 2)
+    begin = functools.partial(_rows_and_product, phi, phi_shift)
     for own in _slices(num, chunk_size):
         root = np.sqrt(weights[own].astype(np.float64))[:, None]
         # A last target of ones makes the plain sums.
@@ -227,10 +224,10 @@ def _host_loop(
             targets.astype(dtype),
             root.astype(dtype),
         )
-        for part, result in _ahead(_rows_and_product, phi, phi_shift, chunk):
-            rows[part], with_part = (np.asarray(array) for array in result)
+        for part, result in _ahead(begin, chunk):
+            features[part], with_part = (np.asarray(array) for array in result)
             with_phi += with_part
-        product = _symmetric(rows[: len(root)], product)
+        product = _symmetric(features[: len(root)], product)
         _add_upper(high, low, product, sign)
         with_y += targets.T @ targets
     sums = {
@@ -260,11 +257,11 @@ def _view(array: Any) -> Any:
     return array if extended else np.asarray(array)
 
 
-def _ahead(fn: Any, phi: Map, shift: np.ndarray, chunk: Any) -> Iterator[Any]:
+def _ahead(fn: Any, chunk: Any) -> Iterator[Any]:
     """Results of ``fn`` part by part, the next one begun before one is waited for."""
     waiting = None
     for part in _slices(len(chunk[-1]), _BLOCK):
-        begun = part, fn(phi, shift, *jax.tree.map(operator.itemgetter(part), chunk))
+        begun = part, fn(*jax.tree.map(operator.itemgetter(part), chunk))
         if waiting is not None:
             yield waiting
         waiting = begun

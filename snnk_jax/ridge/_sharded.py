@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from snnk_jax.ridge._accumulate import Map, as_pytree, first_shift, loop_chunks
-from snnk_jax.ridge._stats import RidgeStats, merge
-from snnk_jax.ridge._sums import (
-    Total,
-    add_blocks,
-    add_product,
-    join_upper,
-    split_upper,
+from snnk_jax.ridge._accumulate import (
+    Map,
+    as_pytree,
+    first_shift,
+    loop_chunks,
+    loop_upper,
 )
+from snnk_jax.ridge._stats import RidgeStats, merge
+from snnk_jax.ridge._sums import Total, add_product
 from snnk_jax.ridge._update import check_chunks
 from snnk_jax.typing import Array, Float
 
@@ -161,13 +161,10 @@ def _update_sharded(
             shift = jax.lax.pmean((first.phi_shift, first.y_shift), data)
         own = jax.tree.map(jnp.zeros_like, stats)
         own = own._replace(phi_shift=shift[0], y_shift=shift[1])
-        gram = own.gram
         if features:
-            own = loop_chunks(own, x, y, weights, phi, chunk_size, add_own_rows)
+            own = loop_chunks(own, (x, y, weights), phi, chunk_size, add_own_rows)
         else:
-            own = own._replace(gram=split_upper(gram))
-            own = loop_chunks(own, x, y, weights, phi, chunk_size, add_blocks)
-            own = own._replace(gram=join_upper(gram, own.gram))
+            own = loop_upper(own, (x, y, weights), phi, chunk_size)
         own = jax.lax.psum(own._replace(phi_shift=None, y_shift=None), data)
         return own._replace(phi_shift=shift[0], y_shift=shift[1])
 
