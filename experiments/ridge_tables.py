@@ -133,7 +133,7 @@ def _phi(fm: Any, params: Params, x: Array) -> Array:
 def fit_predict(
     maps: Maps, train: np.ndarray, targets: np.ndarray, judge: np.ndarray
 ) -> np.ndarray:
-    """Predictions of ridge regression on the columns, l2 by GCV."""
+    """Predictions of ridge regression on the columns, l2 by leave-one-out."""
     phi, phi_judge = maps(train, judge)
     solution = ridge.fit(
         jnp.asarray(phi, jnp.float32), jnp.asarray(targets, jnp.float32)

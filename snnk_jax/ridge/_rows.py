@@ -25,7 +25,7 @@ def fit(
     weights: Float[Array, " n"] | None = None,
     *,
     intercept: bool = True,
-    criterion: Literal["gcv", "loo"] = "gcv",
+    criterion: Literal["loo", "gcv"] = "loo",
 ) -> RidgeSolution:
     r"""Fits rows that are all at hand, in float64 on the host.
 
@@ -43,8 +43,9 @@ def fit(
         1e-12 of the largest eigenvalue of the Gram matrix to 100 times that.
       weights: row weights, not negative.
       intercept: fit an intercept, without penalty.
-      criterion: for ``l2=None``: ``"gcv"`` or ``"loo"``, the mean squared
-        leave-one-out residual.
+      criterion: for ``l2=None``: ``"loo"``, the mean squared leave-one-out residual, or
+        ``"gcv"``, its rotation invariant relative, which more often takes no penalty
+        at all where rows are fewer than features or repeat each other.
 
     Returns:
       The solution, in the dtype of ``y``; its ``method`` is ``"cholesky"``,
@@ -64,7 +65,7 @@ def fit(
     """
     rows = centred_rows(phi, y, weights, intercept)
     if l2 is None:
-        check_criterion(criterion, ("gcv", "loo"))
+        check_criterion(criterion, ("loo", "gcv"))
         spectrum = RowSpectrum.of(rows.phi, rows.y, intercept)
         l2 = spectrum.best(criterion) / rows.moments.weight
         factor = dataclasses.replace(spectrum.eigen, penalty=l2 * rows.moments.weight)

@@ -269,6 +269,26 @@ def test_fit_is_the_formula_and_loses_no_digits(make_problem, shape, l2):
         assert solution.residual.max() < 1e-12
 
 
+def test_fit_leaves_one_out_which_beats_gcv_with_few_rows():
+    """GCV falls for next to no penalty in some draws of 40 rows and 128 features."""
+    fm = snnk.features.ArcCosine(num_features=128)
+
+    def errors(seed):
+        keys = jax.random.split(jax.random.key(seed), 4)
+        x = jax.random.normal(keys[0], (540, 5))
+        clean = jnp.sign(x[:, :1])
+        flips = jax.random.bernoulli(keys[1], 0.15, (40, 1))
+        phi = fm.phi(fm.init(keys[2], 5), x)
+        train = phi[:40], jnp.where(flips, -clean[:40], clean[:40])
+        kinds = ({}, {"criterion": "loo"}, {"criterion": "gcv"})
+        chosen = [ridge.fit(*train, **kind) for kind in kinds]
+        return [float(jnp.mean((s(phi[40:]) - clean[40:]) ** 2)) for s in chosen]
+
+    default, loo, gcv = np.mean([errors(seed) for seed in range(20)], axis=0)
+    assert default == loo
+    assert loo < 0.97 * gcv
+
+
 def test_no_interpolation_spike_on_digits():
     """The test accuracy at m = n must not fall below that at a quarter of it."""
     digits = load_digits()
