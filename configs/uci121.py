@@ -9,7 +9,10 @@ methods have as many trials. Like the paper, the sets of at most 5000 rows;
     python -m experiments.main --config=configs/uci121.py \
         --config.data.dir=FOLDER_OF_UCI121
 
-Expected: ``docs/closed_form.md``.
+Expected over 103 sets: mean accuracy 78.1 % for bundled cosine features, 77.5 to
+77.8 % for bundled ReLU networks, 77.9 % for an MLP of the same width, 74.3 % for linear
+ridge (``docs/closed_form.md`` has all). About 25 minutes of one CPU core; it goes on
+where it was stopped.
 
 ``:quicktest``: three small sets, seconds; it needs the data too.
 """

@@ -9,7 +9,11 @@ same width and the same FLOPs.
     python -m experiments.main --config=configs/uci_ridge.py \
         --config.data.dir=FOLDER_OF_UCI_REG_GAL
 
-Expected: ``docs/closed_form.md``. Sets above 5000 rows take their first 5 splits.
+Expected over the nine sets: mean rank 3.0 for one bundled layer, 3.8 for deeper ones,
+3.1 for an MLP of the same width, 7 for linear ridge; boston 3.1, concrete 5.5, energy
+0.57, kin8nm 0.109 (``docs/closed_form.md`` has all with their errors). About 25 minutes
+of one CPU core; it goes on where it was stopped. Sets above 5000 rows take their first
+5 splits.
 
 Without ``data.dir`` it runs on scikit-learn's diabetes set. ``:quicktest``: seconds of
 that.
