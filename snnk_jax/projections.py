@@ -22,6 +22,7 @@ next; a stored adapter that names a key must find the same projection years late
 The bits are the same everywhere; the floats made of them agree to rounding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -62,6 +63,7 @@ def key_words(key: PRNGKeyArray) -> UInt32[Array, "2"]:
     return words
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def random_bits(words: UInt32[Array, "2"], count: int) -> UInt32[Array, "2 count"]:
     """Threefry-2x32-20 of the counters ``(i, 0)``, ``i = 0 .. count - 1``.
 
@@ -80,6 +82,7 @@ def random_bits(words: UInt32[Array, "2"], count: int) -> UInt32[Array, "2 count
     return _threefry(words, counter, jnp.zeros(count, jnp.uint32))
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def streams(words: UInt32[Array, "2"], count: int) -> UInt32[Array, "count 2"]:
     """Words of ``count`` further keys, for parts that must be independent.
 
@@ -118,6 +121,7 @@ def uniforms(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
     return ((bits >> jnp.uint32(8)).astype(jnp.float32) + 0.5) * 2.0**-24
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def normals(
     words: UInt32[Array, "2"], shape: tuple[int, ...], dtype: Dtype = jnp.float32
 ) -> Float[Array, "..."]:
@@ -143,6 +147,7 @@ def _signs(
     return 1 - 2 * (bits >> jnp.uint32(31)).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("num", "dim", "dtype"))
 def gaussian(
     key: PRNGKeyArray, num: int, dim: int, dtype: Dtype = jnp.float32
 ) -> Float[Array, "num dim"]:
@@ -158,6 +163,7 @@ def gaussian(
     return normals(key_words(key), (num, dim), dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("num", "dim", "dtype"))
 def orthogonal(
     key: PRNGKeyArray, num: int, dim: int, dtype: Dtype = jnp.float32
 ) -> Float[Array, "num dim"]:
@@ -182,6 +188,7 @@ def orthogonal(
     return (q * lengths[..., None]).reshape(-1, dim)[:num].astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("num", "dim", "dtype"))
 def simplex(
     key: PRNGKeyArray, num: int, dim: int, dtype: Dtype = jnp.float32
 ) -> Float[Array, "num dim"]:
@@ -239,6 +246,7 @@ def _haar(
     return jnp.swapaxes(q * signs[:, None, :], -1, -2), lengths
 
 
+@functools.partial(jax.jit, static_argnames=("num", "dim", "dtype"))
 def antithetic(
     key: PRNGKeyArray, num: int, dim: int, dtype: Dtype = jnp.float32
 ) -> Float[Array, "num dim"]:
@@ -288,11 +296,20 @@ def sobol(
         raise ValueError(f"dim must be at most {qmc.Sobol.MAXDIM}. Got {dim}.")
     # A power of two of them, or SciPy warns. They do not depend on the key.
     points = qmc.Sobol(dim, scramble=False).random_base2((num - 1).bit_length())
-    cells = jnp.asarray((points[:num] * 2**23).astype(np.uint32))
-    shift = random_bits(key_words(key), (dim + 1) // 2).ravel()[:dim]
+    cells = (points[:num] * 2**23).astype(np.uint32)
+    return _shifted(jnp.asarray(cells), key_words(key)).astype(dtype)
+
+
+@jax.jit
+def _shifted(
+    cells: UInt32[Array, "num dim"], words: UInt32[Array, "2"]
+) -> Float[Array, "num dim"]:
+    """Normal numbers of Sobol points under a random digital shift."""
+    dim = cells.shape[1]
+    shift = random_bits(words, (dim + 1) // 2).ravel()[:dim]
     cells = cells ^ (shift >> jnp.uint32(9))[None]
     # 23 bits and the half fill float32's mantissa: no midpoint rounds to 1.
-    return ndtri((cells.astype(jnp.float32) + 0.5) * 2.0**-23).astype(dtype)
+    return ndtri((cells.astype(jnp.float32) + 0.5) * 2.0**-23)
 
 
 def hadamard(
@@ -330,6 +347,7 @@ def hadamard(
     return matrix(_hadamard_params(key, num, dim, jnp.float32)).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("num", "dim", "dtype"))
 def _hadamard_params(
     key: PRNGKeyArray, num: int, dim: int, dtype: Dtype
 ) -> dict[str, Array]:
@@ -345,6 +363,7 @@ def _hadamard_params(
     }
 
 
+@functools.partial(jax.jit, static_argnames=("num", "dim", "dtype"))
 def rademacher(
     key: PRNGKeyArray, num: int, dim: int, dtype: Dtype = jnp.float32
 ) -> Float[Array, "num dim"]:
@@ -442,7 +461,7 @@ def params(
       >>> from snnk_jax import projections
       >>> params = projections.params("hadamard", jax.random.key(0), 10, 6)
       >>> {name: value.shape for name, value in params.items()}
-      {'input_signs': (2, 6), 'signs': (2, 2, 8), 'lengths': (10,)}
+      {'input_signs': (2, 6), 'lengths': (10,), 'signs': (2, 2, 8)}
     """
     check_name(name)
     if name == "hadamard":

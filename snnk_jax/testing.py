@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from snnk_jax.typing import Dtype
@@ -75,3 +76,22 @@ def count_traces(fn: Callable[..., Any]) -> TraceCounter:
       2
     """
     return TraceCounter(fn)
+
+
+@jax.jit
+def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls an NNX module compiled as a whole: one compilation, not one an operation.
+
+    Args:
+      module: the module, of the kind that ``jax.jit`` takes as an argument.
+      *args: arrays for it.
+      **kwargs: more of them, ``rngs`` as well.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from snnk_jax import testing
+      >>> testing.call(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), jnp.ones((4, 2))).shape
+      (4, 3)
+    """
+    return module(*args, **kwargs)

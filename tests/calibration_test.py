@@ -65,8 +65,15 @@ MAPS = {
 }
 
 
+EACH_WAY = ("cos", "gelu", "shrunk")  # waves, a series, and shrinkage
+
+
+def slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
+
+
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", [*EACH_WAY, *slow(*(MAPS.keys() - set(EACH_WAY)))])
 def test_never_worse_on_the_samples(name, regime):
     features = MAPS[name]
     layer = make_layer(**REGIMES[regime])
@@ -211,7 +218,7 @@ def test_shrinkage_takes_the_samples_as_references():
     assert error**0.5 < 1.05 * np.mean(float64(line - exact) ** 2) ** 0.5
 
 
-@pytest.mark.parametrize("name", ["cos", "cos_exact", "hadamard", "shrunk"])
+@pytest.mark.parametrize("name", ["cos_exact", *slow("cos", "hadamard", "shrunk")])
 def test_bfloat16_params(name):
     features = MAPS[name]
     x, kernel, bias = make_layer(10.0, 3.0)

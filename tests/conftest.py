@@ -13,6 +13,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 ROOT = pathlib.Path(__file__).parent.parent
+if jax.config.jax_compilation_cache_dir is None:
+    # Many processes, of this run and the next, compile the same small functions.
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 DATA = pathlib.Path(os.environ.get("SNNK_DATA_DIR", ROOT.parent / "shared" / "data"))
 
 

@@ -365,6 +365,7 @@ def test_a_fitted_readout_carries_what_random_features_do_not():
     assert report.calibrated < 0.3 < min(report.random, report.affine)
 
 
+@pytest.mark.slow
 def test_a_hopeless_layer_is_left():
     x, kernel, bias = make_layer(60.0, num=1000, outputs=64)
     report = layer_report("cos", x, kernel, bias, num_features=64)

@@ -33,9 +33,16 @@ def test_contract_returns_the_dtype_of_phi(phi_dtype, psi_dtype):
 
 
 def products(fn, *args):
-    """The dot_general equations of the jaxpr of a function."""
-    jaxpr = jax.make_jaxpr(fn)(*args)
-    return [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
+    """The dot_general equations of a function, those of compiled parts as well."""
+
+    def find(equations):
+        for equation in equations:
+            if equation.primitive.name == "dot_general":
+                yield equation
+            if "jaxpr" in equation.params:
+                yield from find(equation.params["jaxpr"].jaxpr.eqns)
+
+    return list(find(jax.make_jaxpr(fn)(*args).jaxpr.eqns))
 
 
 def test_contract_accumulates_in_float32():

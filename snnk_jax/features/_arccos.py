@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from snnk_jax import kernels
-from snnk_jax.features._base import FeatureMap
+from snnk_jax.features._base import FeatureMap, compiled
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
 
 
@@ -62,6 +62,7 @@ class ArcCosine(FeatureMap):
         """Draws ``omega``; see :class:`FeatureMap`."""
         return self.directions(key, self.num_features, dim, dtype)
 
+    @compiled
     def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         """Maps inputs to features."""
         z = self.project(params, x)
@@ -75,6 +76,7 @@ class ArcCosine(FeatureMap):
         scale = (2.0 / self.num_features) ** 0.5
         return (scale * power).astype(x.dtype)
 
+    @compiled
     def psi(
         self,
         params: Params,

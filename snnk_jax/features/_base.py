@@ -2,9 +2,10 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,6 +14,15 @@ from snnk_jax.projections import accumulation_dtype as accumulation_dtype
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
 
 Precision = Literal["default", "high", "highest"]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def compiled(method: _Method) -> _Method:
+    """Compiles a method of a frozen dataclass as a whole, once per value and shapes.
+
+    Called outside of ``jax.jit`` it is then one program, not dozens of small ones.
+    """
+    return cast(_Method, jax.jit(method, static_argnums=0))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from snnk_jax import kernels, projections
-from snnk_jax.features._base import FeatureMap, accumulation_dtype, share_out
+from snnk_jax.features._base import (
+    FeatureMap,
+    accumulation_dtype,
+    compiled,
+    share_out,
+)
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray, UInt32
 
 Sketch = Literal["maclaurin", "tensor_sketch", "tensor_srht"]
@@ -174,12 +179,14 @@ class Polynomial(FeatureMap):
         start = np.cumsum(size, axis=0, dtype=np.int32) - size
         return {"signs": signs, "buckets": start + _integers(word, size)}
 
+    @compiled
     def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         """Maps inputs to features."""
         blocks = self._sketches(params, x)
         one = jnp.ones((*x.shape[:-1], 1), blocks[0].dtype)
         return jnp.concatenate([one, *blocks], axis=-1).astype(x.dtype)
 
+    @compiled
     def psi(
         self,
         params: Params,

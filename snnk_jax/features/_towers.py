@@ -13,6 +13,7 @@ from snnk_jax import activations, kernels, projections
 from snnk_jax.features._base import (
     FeatureMap,
     accumulation_dtype,
+    compiled,
     share_out,
     squared_norm,
 )
@@ -220,6 +221,7 @@ class TowerFeatures(FeatureMap):
         kept = {name: params[name] for name in _CALIBRATED if name in params}
         return {name: kept.get(name, fresh[name]) for name in params}
 
+    @compiled
     def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         """Maps inputs to features."""
         self._check_width(params, x)
@@ -232,6 +234,7 @@ class TowerFeatures(FeatureMap):
             blocks = [*blocks, jnp.zeros((*x.shape[:-1], layout.padding), x.dtype)]
         return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=-1)
 
+    @compiled
     def psi(
         self,
         params: Params,

@@ -203,7 +203,13 @@ def test_every_method_has_as_many_trials(method):
     assert count == (1 if method == "linear" else 8)
 
 
-@pytest.mark.parametrize("method", ["relu_1", "relu_deep", "cosine", "rbf_kernel"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("relu_1", "relu_deep"),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("cosine", "rbf_kernel")),
+    ],
+)
 def test_closed_forms_fit_what_a_line_cannot(method):
     config = quick("uci_ridge", num_features=128)
     linear = ridge_tables.measure(sine_table(), "linear", config)["results"]
@@ -311,7 +317,8 @@ def test_a_run_on_digits_and_its_resumption(tmp_path):
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("n", [400, pytest.param(1347, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [400, 1347])
 def test_no_spike_where_features_are_as_many_as_images(n):
     # With next to no penalty the accuracy falls there; with the selected one it does
     # not: the test would see a spike.

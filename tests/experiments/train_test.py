@@ -48,17 +48,6 @@ def make_vit(seed=0, **options):
     return ViT(config, rngs=nnx.Rngs(seed))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compilation_cache(tmp_path_factory):
-    """Most runs here compile the same step."""
-    folder = str(tmp_path_factory.mktemp("jax_cache"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-
-
 @pytest.fixture
 def mesh():
     return make_mesh((("data", -1),), jax.devices()[:2])

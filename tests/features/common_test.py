@@ -312,7 +312,9 @@ def test_float64_computes_in_float64(case):
 
 
 @each_case
-@pytest.mark.parametrize("at", ["random", "zero_input", "zero_kernel"])
+@pytest.mark.parametrize(
+    "at", [pytest.param("random", marks=pytest.mark.slow), "zero_input", "zero_kernel"]
+)
 def test_gradients_are_finite(case, at):
     features, params, x, kernel, bias = setup(case)
     if at == "zero_input":

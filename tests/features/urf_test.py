@@ -62,7 +62,9 @@ def test_psi_is_nan_never_inf(dtype):
     kernel = jnp.asarray([[0.08, 0.088, 0.2]], dtype)
     psi = np.asarray(features.psi(params, kernel), np.float64)
     assert np.isfinite(psi[:, 0]).all()
-    assert np.isnan(psi[:, 1:]).all()
+    assert not np.isinf(psi).any()
+    # The other row is times the sine of no bias: zero, if the compiler starts there.
+    assert np.isnan(psi[0, 1:]).all()
 
 
 def test_huge_inputs_and_weights_give_no_inf():

@@ -14,6 +14,7 @@ from snnk_jax.models.vit import (
     patchify,
     resize_position_embedding,
 )
+from snnk_jax.testing import call
 
 TINY = ViTConfig(
     hidden_size=16,
@@ -29,7 +30,7 @@ TINY = ViTConfig(
 
 def make_vit(config=TINY, seed=0, **options):
     """A ViT whose parameters are all random, the zero-initialised ones too."""
-    model = ViT(config, rngs=nnx.Rngs(seed), **options)
+    model = jax.jit(lambda: ViT(config, rngs=nnx.Rngs(seed), **options))()
     rng = np.random.default_rng(seed)
     state = jax.tree.map(
         lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype),
@@ -166,23 +167,24 @@ def test_forward_agrees_with_float64_numpy(pool):
     model = make_vit(dataclasses.replace(TINY, pool=pool))
     images = make_images(3)
     expected = [numpy_vit(model, image) for image in np.asarray(images)]
-    np.testing.assert_allclose(model(images), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(call(model, images), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3), (1, 2, 3)])
 def test_any_leading_batch_rank(batch):
     model = make_vit()
     images = make_images(6)[: math.prod(batch)]
-    logits = model(images.reshape(*batch, *TINY.image_shape, TINY.channels))
+    shape = (*batch, *TINY.image_shape, TINY.channels)
+    logits = call(model, images.reshape(shape))
     assert logits.shape == (*batch, TINY.num_classes)
-    expected = jnp.stack([model(image) for image in images])
+    expected = jnp.stack([call(model, image) for image in images])
     np.testing.assert_allclose(
         logits.reshape(expected.shape), expected, rtol=1e-5, atol=1e-6
     )
 
 
 def test_the_first_loss_is_that_of_guessing():
-    logits = ViT(TINY, rngs=nnx.Rngs(0))(make_images(2))
+    logits = call(ViT(TINY, rngs=nnx.Rngs(0)), make_images(2))
     np.testing.assert_array_equal(logits, np.zeros((2, TINY.num_classes)))
 
 
@@ -237,10 +239,10 @@ def test_bfloat16_computation():
     images = make_images(4)
     # jax.nn.dot_product_attention and nnx.LayerNorm promote inside.
     with jax.numpy_dtype_promotion("standard"):
-        logits = half(images)
+        logits = call(half, images)
     assert logits.dtype == jnp.bfloat16
     assert half.head.kernel[...].dtype == jnp.float32
-    expected = model(images)
+    expected = call(model, images)
     error = jnp.max(jnp.abs(logits.astype(jnp.float32) - expected))
     # bfloat16 keeps 8 bits; a handful of layers loses a few of them.
     assert 0 < error < 0.05 * jnp.max(jnp.abs(expected))
@@ -250,12 +252,12 @@ def test_bfloat16_computation():
 def test_dropout_needs_rngs_and_follows_the_key(option):
     model = make_vit(dataclasses.replace(TINY, **{option: 0.5}))
     images = make_images(4)
-    plain = make_vit()(images)
+    plain = call(make_vit(), images)
 
     def noisy(seed):
-        return model(images, rngs=nnx.Rngs(dropout=seed))
+        return call(model, images, rngs=nnx.Rngs(dropout=seed))
 
-    np.testing.assert_array_equal(model(images), plain)
+    np.testing.assert_array_equal(call(model, images), plain)
     np.testing.assert_array_equal(noisy(0), noisy(0))
     assert np.abs(noisy(0) - plain).max() > 1e-3
     assert np.abs(noisy(0) - noisy(1)).max() > 1e-3

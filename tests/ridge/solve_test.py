@@ -64,7 +64,11 @@ def test_digits_above_the_stated_penalty(make_problem, condition, penalty, m):
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("n", [6000, 20_000], ids=["compiled", "blas"])
+@pytest.mark.parametrize(
+    "n",
+    [pytest.param(6000, marks=pytest.mark.slow), 20_000],
+    ids=["compiled", "blas"],
+)
 def test_digits_of_wide_features(make_problem, n):
     problem = make_problem(n=n, m=1024, condition=1e6)
     z = problem.phi - problem.phi.mean(axis=0)
