@@ -85,6 +85,7 @@ def wrong_edges(part, source):
     packages = PACKAGES | ({"flax"} if part in FLAX else set())
     packages |= {"sklearn"} if part == "estimators" else set()
     packages |= {"scipy"} if part in SCIPY else set()
+    packages |= {"tokenizers"} if part == "models" else set()
     wrong = set()
     for name in imported(source):
         top, *rest = name.split(".")
@@ -207,6 +208,7 @@ import snnk_jax, snnk_jax.testing
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "a backend was started"
 optional = {"grain", "matplotlib", "optax", "orbax", "sklearn", "tensorflow",
+            "tokenizers",
             "tensorflow_datasets", "torch"}
 print(sorted(optional & (loaded() - before)))
 jax.numpy.zeros(1)

@@ -7,12 +7,10 @@ are not what the key draws), the fingerprint of the base model, and a SHA-256 ov
 of it. Nothing in it is executed.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,17 +19,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from snnk_jax import features as features_lib
 from snnk_jax import projections
 from snnk_jax._files import hash_array, open_safetensors, write_atomic
-from snnk_jax.nn import (
-    Adapted,
-    AdapterParam,
-    BottleneckAdapter,
-    Projection,
-    RandomProjection,
-    SNNKAdapter,
-)
+from snnk_jax.adapters._kinds import KINDS, describe
+from snnk_jax.nn import AdapterParam, Drawn, RandomProjection
 from snnk_jax.surgery import find_modules, path_name
 
 _FORMAT = "snnk_jax.adapter.1"
@@ -125,10 +116,11 @@ def save_adapter(
         )
     drawn = {}
     for name, projection in find_modules(model).items():
-        if isinstance(projection, Projection):
+        if isinstance(projection, Drawn):
             values = {k: np.asarray(v[...]) for k, v in projection.values.items()}
             record = _describe_draw(projection, values)
             if record is None:
+                # Trained values are among the arrays already.
                 arrays |= {f"{name}/values/{k}": v for k, v in values.items()}
                 arrays[f"{name}/key"] = np.asarray(projection.key[...])
             else:
@@ -148,7 +140,8 @@ def save_adapter(
         "record": json.dumps(record, sort_keys=True),
         "sha256": _checksum(record, arrays),
     }
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    # np.ascontiguousarray would make scalars vectors.
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     data = save(arrays, header)
     write_atomic(path, data)
     return len(data)
@@ -258,9 +251,11 @@ def _probe(array: np.ndarray) -> list[float]:
 
 
 def _describe_draw(
-    projection: Projection, values: dict[str, np.ndarray]
+    projection: Drawn, values: dict[str, np.ndarray]
 ) -> dict[str, Any] | None:
     """The key of a draw and probes of its values; None if the key draws others."""
+    if projection.trainable:
+        return None
     words = projection.key[...]
     drawn = _draw_values(projection, words)
     same = drawn.keys() == values.keys()
@@ -272,9 +267,9 @@ def _describe_draw(
     }
 
 
-def _draw_values(projection: Projection, words: Any) -> dict[str, np.ndarray]:
+def _draw_values(projection: Drawn, words: Any) -> dict[str, np.ndarray]:
     key = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl="threefry2x32")
-    values = projection.features.init(key, projection.dim, projection.param_dtype)
+    values = projection.draw(key)
     return {name: np.asarray(value) for name, value in values.items()}
 
 
@@ -285,7 +280,7 @@ def _make_room(model: Any, arrays: dict[str, np.ndarray]) -> Any:
     """
 
     def visit(parts: tuple[Any, ...], node: Any) -> Any:
-        if isinstance(node, Projection):
+        if isinstance(node, Drawn):
             prefix = f"{path_name(parts)}/values/"
             stored = {
                 name.removeprefix(prefix): jnp.asarray(value)
@@ -307,7 +302,7 @@ def _draw(model: nnx.Module, record: dict[str, Any]) -> dict[str, np.ndarray]:
             f"adapter must name the generator {projections.GENERATOR}. "
             f"Got {record['generator']}."
         )
-    places = {k: m for k, m in find_modules(model).items() if isinstance(m, Projection)}
+    places = {k: m for k, m in find_modules(model).items() if isinstance(m, Drawn)}
     for name, draw in record["projections"].items():
         if name not in places:
             raise ValueError(
@@ -325,113 +320,6 @@ def _draw(model: nnx.Module, record: dict[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
-# What a file may rebuild: kind -> (description of a module, module from it). The
-# values come from the arrays, so the builders draw from a fixed stream.
-
-
-def _describe_features(fm: features_lib.FeatureMap) -> dict[str, Any]:
-    fields = {f.name: getattr(fm, f.name) for f in dataclasses.fields(fm)}
-    return {"kind": type(fm).__name__, "fields": fields}
-
-
-def _build_features(spec: dict[str, Any]) -> features_lib.FeatureMap:
-    kind = getattr(features_lib, str(spec["kind"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, features_lib.FeatureMap)):
-        raise ValueError(f"features must be a known feature map. Got {spec['kind']!r}.")
-    return kind(**spec["fields"])
-
-
-def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
-    return {
-        "dim": adapter.dim,
-        "features": _describe_features(adapter.projection.features),
-        "normalize": adapter.normalize,
-        "rank": adapter.rank,
-        "modulate": adapter.modulate,
-        **_describe_dtypes(adapter),
-    }
-
-
-def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
-    names = ("normalize", "rank", "modulate", "dtype", "param_dtype")
-    options = {name: spec[name] for name in names}
-    fm = _build_features(spec["features"])
-    adapter = SNNKAdapter(spec["dim"], features=fm, rngs=nnx.Rngs(0), **options)
-    return Adapted(base, adapter)
-
-
-def _describe_bottleneck(adapter: BottleneckAdapter) -> dict[str, Any]:
-    return {
-        "dim": adapter.dim,
-        "bottleneck": adapter.bottleneck,
-        "activation": adapter.activation.name,
-        **_describe_dtypes(adapter),
-    }
-
-
-def _build_bottleneck(base: Any, spec: dict[str, Any]) -> nnx.Module:
-    options = {k: spec[k] for k in ("activation", "dtype", "param_dtype")}
-    adapter = BottleneckAdapter(
-        spec["dim"], spec["bottleneck"], rngs=nnx.Rngs(0), **options
-    )
-    return Adapted(base, adapter)
-
-
-def _describe_lora(adapter: nnx.LoRA) -> dict[str, Any]:
-    return {
-        "in_features": adapter.in_features,
-        "lora_rank": adapter.lora_a.shape[1],
-        "out_features": adapter.out_features,
-        **_describe_dtypes(adapter),
-    }
-
-
-def _build_lora(base: Any, spec: dict[str, Any]) -> nnx.Module:
-    return nnx.LoRA(
-        spec["in_features"],
-        spec["lora_rank"],
-        spec["out_features"],
-        base_module=base,
-        lora_param_type=AdapterParam,
-        dtype=spec["dtype"],
-        param_dtype=spec["param_dtype"],
-        rngs=nnx.Rngs(0),
-    )
-
-
-def _describe_dtypes(module: Any) -> dict[str, str | None]:
-    dtype = None if module.dtype is None else jnp.dtype(module.dtype).name
-    return {"dtype": dtype, "param_dtype": jnp.dtype(module.param_dtype).name}
-
-
-_KINDS: dict[
-    str, tuple[type, Callable[[Any], dict[str, Any]], Callable[..., nnx.Module]]
-] = {
-    "SNNKAdapter": (SNNKAdapter, _describe_snnk, _build_snnk),
-    "BottleneckAdapter": (BottleneckAdapter, _describe_bottleneck, _build_bottleneck),
-    "LoRA": (nnx.LoRA, _describe_lora, _build_lora),
-}
-
-
-def _describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
-    """The adapters that stand around a base module, outer ones first.
-
-    ``at`` is the place in the base model. An adapter of a kind that is not listed is
-    left out: such a file loads into a model that has the adapter already.
-    """
-    described = []
-    for name, module in find_modules(model).items():
-        if not isinstance(module, Adapted | nnx.LoRA):
-            continue
-        adapter = module.adapter if isinstance(module, Adapted) else module
-        for kind, (cls, describe, _) in _KINDS.items():
-            if isinstance(adapter, cls):
-                spec = {"kind": kind, "at": _base_name(name)} | describe(adapter)
-                json.dumps(spec, default=_refuse)
-                described.append(spec)
-    return described
-
-
 def _base_name(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in _WRAPPERS)
 
@@ -443,6 +331,21 @@ def _refuse(value: Any) -> None:
     )
 
 
+def _describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
+    """The adapters that stand around a base module, outer ones first.
+
+    ``at`` is the place in the base model. An adapter of a kind that is not listed is
+    left out: such a file loads into a model that has the adapter already.
+    """
+    described = []
+    for name, module in find_modules(model).items():
+        spec = describe(module)
+        if spec is not None:
+            json.dumps(spec, default=_refuse)
+            described.append({"at": _base_name(name)} | spec)
+    return described
+
+
 def _rebuild_modules(model: nnx.Module, specs: list[dict[str, Any]]) -> Any:
     present = find_modules(model)
     absent = sorted({spec["at"] for spec in specs} - present.keys())
@@ -450,16 +353,16 @@ def _rebuild_modules(model: nnx.Module, specs: list[dict[str, Any]]) -> Any:
         raise ValueError(
             f"base_model must have the modules {absent}. Got {list(present)[1:]}."
         )
-    unknown = sorted({spec["kind"] for spec in specs} - _KINDS.keys())
+    unknown = sorted({spec["kind"] for spec in specs} - KINDS.keys())
     if unknown:
         raise ValueError(
-            f"adapter kinds must be among {', '.join(_KINDS)}. Got {unknown}."
+            f"adapter kinds must be among {', '.join(KINDS)}. Got {unknown}."
         )
 
     def build(parts: tuple[Any, ...], node: Any) -> Any:
         for spec in reversed(specs):
             if spec["at"] == path_name(parts) and isinstance(node, nnx.Module):
-                node = _KINDS[spec["kind"]][2](node, spec)
+                node = KINDS[spec["kind"]].build(node, spec)
         return node
 
     return nnx.recursive_map(build, model)

@@ -7,6 +7,7 @@ put in by :func:`snnk_jax.swap_modules`.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,7 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from snnk_jax.models._layers import Attention, Mlp, check_sizes
 from snnk_jax.typing import Dtype, PRNGKeyArray
+
+__all__ = [
+    "Attention",
+    "Block",
+    "Mlp",
+    "ViT",
+    "ViTConfig",
+    "patchify",
+    "resize_position_embedding",
+]
 
 _PRESETS: dict[str, dict[str, int]] = {
     "Ti": {"hidden_size": 192, "depth": 12, "num_heads": 3, "mlp_dim": 768},
@@ -23,8 +35,6 @@ _PRESETS: dict[str, dict[str, int]] = {
     "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072},
     "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096},
 }
-
-_gelu = functools.partial(jax.nn.gelu, approximate=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +51,11 @@ class ViTConfig:
       channels: colour channels of the images.
       num_classes: outputs of the classification head.
       pool: ``"cls"`` reads a learned class token, ``"mean"`` averages the tokens.
+      activation: ``"gelu"`` (exact) or ``"gelu_tanh"``.
       layer_norm_eps: epsilon of every LayerNorm.
       dropout_rate: dropout after each residual branch, active only when ``rngs`` are
         passed at call time.
+      attention_dropout_rate: dropout of the attention weights, likewise.
       patch_dropout: share of the patch tokens left out at random, active only when
         ``rngs`` are passed: makes pretraining cheaper (arXiv 2208.07220).
       remat: recompute block activations in the backward pass to save memory.
@@ -66,25 +78,22 @@ class ViTConfig:
     channels: int = 3
     num_classes: int = 1000
     pool: Literal["cls", "mean"] = "cls"
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
     layer_norm_eps: float = 1e-6
     dropout_rate: float = 0.0
+    attention_dropout_rate: float = 0.0
     patch_dropout: float = 0.0
     remat: bool = False
 
     def __post_init__(self):
         sizes = ("hidden_size", "depth", "num_heads", "mlp_dim", "patch_size")
-        for name in (*sizes, "channels", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1. Got {getattr(self, name)}."
-                )
+        check_sizes(
+            self,
+            (*sizes, "channels", "num_classes"),
+            ("dropout_rate", "attention_dropout_rate", "patch_dropout"),
+        )
         if min(self.image_shape) < 1:
             raise ValueError(f"image_size must be at least 1. Got {self.image_size}.")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                "hidden_size must be divisible by num_heads. "
-                f"Got {self.hidden_size} and {self.num_heads}."
-            )
         height, width = self.image_shape
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -93,11 +102,6 @@ class ViTConfig:
             )
         if self.pool not in ("cls", "mean"):
             raise ValueError(f"pool must be 'cls' or 'mean'. Got {self.pool!r}.")
-        for name in ("dropout_rate", "patch_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(
-                    f"{name} must be in [0, 1). Got {getattr(self, name)}."
-                )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ViTConfig":
@@ -135,68 +139,6 @@ class ViTConfig:
         return self.num_patches + (self.pool == "cls")
 
 
-class Attention(nnx.Module):
-    """Multi-head self-attention with separate query, key, value and out maps."""
-
-    def __init__(
-        self,
-        config: ViTConfig,
-        *,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        linear = functools.partial(
-            nnx.Linear,
-            config.hidden_size,
-            config.hidden_size,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=nnx.initializers.xavier_uniform(),
-            rngs=rngs,
-        )
-        self.num_heads = config.num_heads
-        self.query, self.key, self.value, self.out = (linear() for _ in range(4))
-
-    def __call__(self, x: Float[Array, "*b t d"]) -> Float[Array, "*b t d"]:
-        def heads(y: Array) -> Array:
-            # dot_product_attention takes one batch axis.
-            return y.reshape(
-                -1, y.shape[-2], self.num_heads, y.shape[-1] // self.num_heads
-            )
-
-        y = jax.nn.dot_product_attention(
-            heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
-        )
-        return self.out(y.reshape(x.shape))
-
-
-class Mlp(nnx.Module):
-    """The feed-forward block: Linear, exact GELU, Linear."""
-
-    def __init__(
-        self,
-        config: ViTConfig,
-        *,
-        dtype: Dtype | None = None,
-        param_dtype: Dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        linear = functools.partial(
-            nnx.Linear,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            kernel_init=nnx.initializers.xavier_uniform(),
-            bias_init=nnx.initializers.normal(1e-6),
-            rngs=rngs,
-        )
-        self.fc1 = linear(config.hidden_size, config.mlp_dim)
-        self.fc2 = linear(config.mlp_dim, config.hidden_size)
-
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        return self.fc2(_gelu(self.fc1(x)))
-
-
 class Block(nnx.Module):
     """Pre-norm encoder block: attention and feed-forward, each with a residual."""
 
@@ -228,7 +170,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "*b t d"], *, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "*b t d"]:
         drop = functools.partial(self.dropout, deterministic=rngs is None, rngs=rngs)
-        x = x + drop(self.attention(self.norm1(x)))
+        x = x + drop(self.attention(self.norm1(x), rngs=rngs))
         return x + drop(self.mlp(self.norm2(x)))
 
 
@@ -302,6 +244,35 @@ class ViT(nnx.Module):
             kernel_init=nnx.initializers.zeros_init(),
             rngs=rngs,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        **overrides: Any,
+    ) -> "ViT":
+        """Reads a file of ours, a Hugging Face checkpoint or an original ``.npz``.
+
+        See :func:`.vit_params.load_vit` for the first and
+        :func:`.vit_import.import_vit`, which also reports what it ignored.
+
+        Example:
+          >>> from snnk_jax.models.vit import ViT
+          >>> ViT.from_pretrained(
+          ...     "assets/vit_tin32.safetensors", num_classes=10
+          ... ).config.num_classes
+          10
+        """
+        from snnk_jax.models.vit_import import import_vit
+        from snnk_jax.models.vit_params import is_ours, load_vit
+
+        options = {"dtype": dtype, "param_dtype": param_dtype, **overrides}
+        if is_ours(path):
+            return load_vit(path, **options)
+        return import_vit(path, **options)[0]
 
     def features(
         self, images: Float[Array, "*b h w c"], *, rngs: nnx.Rngs | None = None

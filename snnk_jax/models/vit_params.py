@@ -8,6 +8,7 @@ it can be opened without knowing the sizes.
 import dataclasses
 import json
 import os
+import pathlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -118,6 +119,14 @@ def read_config(path: str | os.PathLike[str]) -> ViTConfig:
     """
     with open_safetensors(path, "weights") as file:
         return _stored_config(file, path)
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that :func:`save_vit` wrote it."""
+    if pathlib.Path(path).suffix != ".safetensors":
+        return False
+    with open_safetensors(path, "weights") as file:
+        return (file.metadata() or {}).get("format") == _FORMAT
 
 
 def _stored_config(file: Any, path: str | os.PathLike[str]) -> ViTConfig:

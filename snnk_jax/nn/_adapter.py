@@ -16,11 +16,20 @@ from snnk_jax.typing import Array, Dtype, Float
 
 
 class Adapted(nnx.Module):
-    """Calls a module and its adapter on the result.
+    r"""Calls a module and an adapter behind it or beside it.
+
+    Behind, :math:`y = a(f(x))`: the placement of Houlsby (after attention and
+    feed-forward block) and of Pfeiffer (after the latter), or after a whole block.
+    Beside, :math:`y = f(x) + \delta(x)` with the adapter's own :math:`\delta`, what it
+    adds to its input.
 
     Args:
       base_module: any module.
-      adapter: applied to what the module returns.
+      adapter: applied to what the module returns, or to its first argument.
+      parallel: put it beside the module; it must have a method ``delta``.
+
+    Raises:
+      ValueError: if the adapter cannot stand beside a module.
 
     Example:
       >>> import jax.numpy as jnp
@@ -32,13 +41,25 @@ class Adapted(nnx.Module):
       (3, 8)
     """
 
-    def __init__(self, base_module: nnx.Module, adapter: nnx.Module):
+    def __init__(
+        self, base_module: nnx.Module, adapter: nnx.Module, *, parallel: bool = False
+    ):
+        if parallel and not hasattr(adapter, "delta"):
+            raise ValueError(
+                "a parallel adapter must have a method delta. "
+                f"Got {type(adapter).__name__}."
+            )
         self.base_module = base_module
         self.adapter = adapter
+        self.parallel = parallel
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         # The only place that passes arguments through: it stands in for any module.
-        return self.adapter(self.base_module(*args, **kwargs))
+        y = self.base_module(x, *args, **kwargs)
+        if not self.parallel:
+            return self.adapter(y)
+        adapter: Any = self.adapter
+        return y + adapter.delta(x).astype(y.dtype)
 
 
 class SNNKAdapter(nnx.Module):
@@ -65,6 +86,7 @@ class SNNKAdapter(nnx.Module):
         every layer would differ.
       rank: k; None trains a full readout.
       modulate: train v; without it v is one.
+      train_projection: train the parameters of the feature map as well.
       dtype: computation dtype of the features; None takes that of the inputs.
       param_dtype: storage dtype.
       rngs: random streams ``projection``, and ``params`` where ``rank`` is given.
@@ -94,6 +116,7 @@ class SNNKAdapter(nnx.Module):
         normalize: bool = True,
         rank: int | None = None,
         modulate: bool = True,
+        train_projection: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -107,7 +130,11 @@ class SNNKAdapter(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.projection = Projection(
-            features, dim, key=projection_key(rngs), param_dtype=param_dtype
+            features,
+            dim,
+            key=projection_key(rngs),
+            param_dtype=param_dtype,
+            trainable=train_projection,
         )
         num_features = features.num_features
         if rank is None:
@@ -121,7 +148,8 @@ class SNNKAdapter(nnx.Module):
         modulation = jnp.ones((dim,), param_dtype)
         self.modulation = AdapterParam(modulation) if modulate else None
 
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    def delta(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """What the adapter adds."""
         z = x if self.dtype is None else x.astype(self.dtype)
         if self.normalize:
             z = _unit(z)
@@ -132,28 +160,34 @@ class SNNKAdapter(nnx.Module):
         if self.modulation is not None:
             v = self.modulation[...].astype(y.dtype)
             y = y * v.reshape((1,) * (y.ndim - 1) + v.shape)
-        return x + y.astype(x.dtype)
+        return y.astype(x.dtype)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return x + self.delta(x)
 
 
 class BottleneckAdapter(nnx.Module):
-    r"""The adapter of Houlsby et al.: :math:`y = x + f(xA + a)B + b`.
+    r"""The adapter of Houlsby et al.: :math:`y = x + s (f(xA + a)B + b)`.
 
     A is ``[d, r]``, B is ``[r, d]`` and starts at zero with b, so the adapter is the
     identity at the start. It trains ``2 d r + r + d`` parameters. Houlsby and Pfeiffer
     adapters are this module in different places: after attention and feed-forward
-    block, or after the feed-forward block alone.
+    block, or after the feed-forward block alone. AdaptFormer is this module with ReLU
+    and s = 0.1, in parallel to the feed-forward block.
 
     Args:
       dim: d.
       bottleneck: r.
       activation: f, see :func:`snnk_jax.activations.get`.
+      scale: s, fixed.
       dtype: computation dtype; None promotes inputs and parameters.
       param_dtype: storage dtype.
       rngs: random stream ``params``.
 
     References:
       Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", arXiv
-      1902.00751; Pfeiffer et al., "AdapterFusion", arXiv 2005.00247.
+      1902.00751; Pfeiffer et al., "AdapterFusion", arXiv 2005.00247; Chen et al.,
+      "AdaptFormer", arXiv 2205.13535.
 
     Example:
       >>> import jax.numpy as jnp
@@ -170,6 +204,7 @@ class BottleneckAdapter(nnx.Module):
         bottleneck: int,
         *,
         activation: str | activations.Activation | Callable[[Array], Array] = "gelu",
+        scale: float = 1.0,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -179,6 +214,7 @@ class BottleneckAdapter(nnx.Module):
         self.dim = dim
         self.bottleneck = bottleneck
         self.activation = activations.get(activation)
+        self.scale = scale
         self.dtype = dtype
         self.param_dtype = param_dtype
         key = rngs.params()
@@ -188,7 +224,8 @@ class BottleneckAdapter(nnx.Module):
         self.up_kernel = AdapterParam(jnp.zeros((bottleneck, dim), param_dtype))
         self.up_bias = AdapterParam(jnp.zeros((dim,), param_dtype))
 
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    def delta(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """What the adapter adds."""
         dtype = x.dtype if self.dtype is None else self.dtype
 
         def linear(z: Array, kernel: AdapterParam, bias: AdapterParam) -> Array:
@@ -197,7 +234,10 @@ class BottleneckAdapter(nnx.Module):
 
         hidden = linear(x.astype(dtype), self.down_kernel, self.down_bias)
         y = linear(self.activation(hidden), self.up_kernel, self.up_bias)
-        return x + y.astype(x.dtype)
+        return (self.scale * y).astype(x.dtype)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return x + self.delta(x)
 
 
 def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:

@@ -1,4 +1,4 @@
-"""A feature map with its frozen randomness, as a module."""
+"""Frozen randomness as a module, and a feature map with it."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from flax import nnx
 
 from snnk_jax import projections
 from snnk_jax.features import FeatureMap
-from snnk_jax.nn._variables import RandomProjection
+from snnk_jax.nn._variables import AdapterParam, RandomProjection
+from snnk_jax.surgery import find_modules, path_name
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
 
 
@@ -21,17 +22,67 @@ def projection_key(rngs: nnx.Rngs) -> PRNGKeyArray:
     return rngs.projection() if named else rngs.params()
 
 
-class Projection(nnx.Module):
-    """Applies a feature map whose parameters it keeps as :class:`RandomProjection`.
+class Drawn(nnx.Module):
+    """Frozen random arrays and the key that they were drawn with.
 
-    The key of the draw is kept beside the values, so that a file can name it instead
-    of holding the values (see :mod:`snnk_jax.adapters`).
+    The key is kept beside the values, so that a file can name it instead of holding
+    the values (see :mod:`snnk_jax.adapters`). Subclasses say what a key stands for.
+
+    Args:
+      key: key of the draw.
+      param_dtype: storage dtype of the values.
+      trainable: whether the values are trained, as adapter parameters.
+    """
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        param_dtype: Dtype = jnp.float32,
+        *,
+        trainable: bool = False,
+    ):
+        self.param_dtype = param_dtype
+        self.trainable = trainable
+        self.key = RandomProjection(projections.key_words(key))
+        self.calibrate(self.draw(key))
+
+    def draw(self, key: PRNGKeyArray) -> Params:
+        """The values that a key stands for."""
+        raise NotImplementedError
+
+    def calibrate(self, params: Params) -> None:
+        """Takes other values, balanced ones say.
+
+        See :func:`snnk_jax.calibration.balance`. The key no longer draws them, so a
+        file of :func:`snnk_jax.adapters.save_adapter` holds the values themselves.
+        """
+        kind = AdapterParam if self.trainable else RandomProjection
+        self.values = nnx.Dict({name: kind(value) for name, value in params.items()})
+
+    def redraw(self, key: PRNGKeyArray) -> None:
+        """Draws other values; what was calibrated is kept."""
+        self.key = RandomProjection(projections.key_words(key))
+        self.calibrate(self.draw(key))
+
+    @property
+    def params(self) -> Params:
+        """The values; closed to gradients unless they are trained."""
+        values = {name: variable[...] for name, variable in self.values.items()}
+        return values if self.trainable else jax.lax.stop_gradient(values)
+
+
+class Projection(Drawn):
+    """Applies a feature map whose parameters it keeps.
 
     Args:
       features: the feature map.
       dim: width of the inputs.
       key: key of the draw.
       param_dtype: storage dtype of the values.
+      trainable: whether the values are trained.
+
+    Raises:
+      ValueError: if trained values are no floats, as the signs of some sketches.
     """
 
     def __init__(
@@ -41,32 +92,75 @@ class Projection(nnx.Module):
         *,
         key: PRNGKeyArray,
         param_dtype: Dtype = jnp.float32,
+        trainable: bool = False,
     ):
         self.features = features
         self.dim = dim
-        self.param_dtype = param_dtype
+        super().__init__(key, param_dtype, trainable=trainable)
+        if trainable:
+            integers = [
+                name
+                for name, variable in self.values.items()
+                if not jnp.issubdtype(variable.dtype, jnp.floating)
+            ]
+            if integers:
+                raise ValueError(
+                    "a trained projection must be of floats. Got "
+                    f"{type(features).__name__} with {integers}."
+                )
+
+    def draw(self, key: PRNGKeyArray) -> Params:
+        """The parameters of the map that a key stands for."""
+        return self.features.init(key, self.dim, self.param_dtype)
+
+    def redraw(self, key: PRNGKeyArray) -> None:
+        """Draws other directions; balancing and references are kept."""
+        params = self.features.redraw(self.params, key, self.dim)
         self.key = RandomProjection(projections.key_words(key))
-        self.values = _variables(features.init(key, dim, param_dtype))
-
-    def calibrate(self, params: Params) -> None:
-        """Takes other parameters for the same map and width, balanced ones say.
-
-        See :func:`snnk_jax.calibration.balance`. The key no longer draws them, so a
-        file of :func:`snnk_jax.adapters.save_adapter` holds the values themselves.
-        """
-        self.values = _variables(params)
-
-    @property
-    def params(self) -> Params:
-        """The parameters of the feature map, closed to gradients."""
-        return {
-            name: jax.lax.stop_gradient(variable[...])
-            for name, variable in self.values.items()
-        }
+        self.calibrate(params)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         return self.features.phi(self.params, x)
 
 
-def _variables(params: Params) -> Any:
-    return nnx.Dict({name: RandomProjection(value) for name, value in params.items()})
+def redraw(model: nnx.Module, *, rngs: nnx.Rngs) -> Any:
+    """Returns a clone of a model with other frozen randomness in all its layers.
+
+    A readout that was trained on one draw does not fit another: it is for ablations,
+    for averaging over draws, and for training that draws anew every so often. Trained
+    projections stay.
+
+    Args:
+      model: any NNX model.
+      rngs: random stream ``projection``, asked in model order.
+
+    Raises:
+      ValueError: if the model has nothing to redraw.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import snnk_jax as snnk
+      >>> from flax import nnx
+      >>> fm = snnk.features.ArcCosine(num_features=8)
+      >>> layer = snnk.nn.SNNKDense(4, 2, features=fm, rngs=nnx.Rngs(0))
+      >>> other = snnk.nn.redraw(layer, rngs=nnx.Rngs(1))
+      >>> x = jnp.ones((3, 4))
+      >>> bool(jnp.allclose(layer(x), other(x)))
+      False
+    """
+
+    def random(module: Any) -> bool:
+        return isinstance(module, Drawn) and not module.trainable
+
+    # Asked in model order, before the map, whose own order is no promise.
+    found = find_modules(model).items()
+    keys = {name: projection_key(rngs) for name, module in found if random(module)}
+    if not keys:
+        raise ValueError("model must have frozen randomness to redraw. Got none.")
+
+    def visit(parts: tuple[Any, ...], node: Any) -> Any:
+        if path_name(parts) in keys and random(node):
+            node.redraw(keys[path_name(parts)])
+        return node
+
+    return nnx.recursive_map(visit, nnx.clone(model))

@@ -6,6 +6,7 @@ from flax import nnx
 
 import snnk_jax as snnk
 from snnk_jax.nn import AdapterParam, RandomProjection
+from snnk_jax.testing import call
 
 DIM = 12
 ARC = snnk.features.ArcCosine(num_features=8)
@@ -128,3 +129,88 @@ def test_rank_must_be_positive():
 def test_bottleneck_must_be_positive():
     with pytest.raises(ValueError, match=r"bottleneck must be at least 1. Got 0"):
         snnk.nn.BottleneckAdapter(DIM, 0, rngs=nnx.Rngs(0))
+
+
+def test_a_parallel_adapter_reads_what_the_module_reads():
+    linear = nnx.Linear(DIM, DIM, rngs=nnx.Rngs(0))
+    adapter = ADAPTERS["bottleneck"]()
+    adapter.up_bias[...] = jnp.arange(DIM, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, DIM))
+    adapted = snnk.nn.Adapted(linear, adapter, parallel=True)
+    np.testing.assert_allclose(
+        call(adapted, x), linear(x) + adapter.delta(x), rtol=1e-5
+    )
+    behind = snnk.nn.Adapted(linear, adapter)
+    np.testing.assert_allclose(
+        call(behind, x), linear(x) + adapter.delta(linear(x)), rtol=1e-5
+    )
+
+
+def test_an_adapter_without_delta_cannot_stand_beside(unchecked):
+    linear = nnx.Linear(DIM, DIM, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="must have a method delta. Got Linear"):
+        snnk.nn.Adapted(linear, linear, parallel=True)
+
+
+def test_the_scale_of_a_bottleneck_is_that_of_its_change():
+    plain, scaled = (
+        snnk.nn.BottleneckAdapter(DIM, 3, scale=scale, rngs=nnx.Rngs(0))
+        for scale in (1.0, 0.1)
+    )
+    x = jax.random.normal(jax.random.key(0), (2, DIM))
+    for adapter in (plain, scaled):
+        adapter.up_kernel[...] = jnp.ones((3, DIM))
+    np.testing.assert_allclose(scaled.delta(x), 0.1 * plain.delta(x), rtol=1e-5)
+
+
+def test_a_trained_projection_is_a_parameter_with_a_gradient():
+    adapter = snnk_adapter(COS, train_projection=True)
+    adapter.readout[...] = jnp.ones((8, DIM))
+    graphdef, params, rest = nnx.split(adapter, AdapterParam, ...)
+    x = jax.random.normal(jax.random.key(0), (5, DIM))
+    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p, rest)(x) ** 2))(params)
+    moving = {
+        path[-1] for path, grad in nnx.to_flat_state(grads) if np.any(grad[...] != 0)
+    }
+    assert moving == {"readout", "modulation", "omega", "scale"}
+    frozen = nnx.to_flat_state(nnx.state(adapter, RandomProjection))
+    assert {path[-1] for path, _ in frozen} == {"key"}
+
+
+def test_integers_of_a_sketch_cannot_be_trained():
+    sketch = snnk.features.Polynomial(
+        coefficients=(1.0, 1.0), num_features=8, sketch="tensor_sketch"
+    )
+    with pytest.raises(ValueError, match="must be of floats. Got Polynomial with"):
+        snnk_adapter(sketch, train_projection=True)
+
+
+class Pair(nnx.Module):
+    def __init__(self, **options):
+        self.first, self.second = snnk_adapter(COS, **options), snnk_adapter(ARC)
+
+
+def test_redrawing_changes_the_frozen_directions_alone():
+    model = Pair()
+    other = snnk.nn.redraw(model, rngs=nnx.Rngs(5))
+    again = snnk.nn.redraw(model, rngs=nnx.Rngs(5))
+    for name in ("first", "second"):
+        old, new, same = (getattr(m, name).projection for m in (model, other, again))
+        assert np.all(old.values["omega"][...] != new.values["omega"][...])
+        np.testing.assert_array_equal(
+            new.values["omega"][...], same.values["omega"][...]
+        )
+        # The key draws the new values.
+        words = new.key[...]
+        key = jax.random.wrap_key_data(words, impl="threefry2x32")
+        np.testing.assert_allclose(new.draw(key)["omega"], new.values["omega"][...])
+    np.testing.assert_array_equal(other.first.readout[...], model.first.readout[...])
+
+
+def test_trained_directions_are_not_redrawn():
+    model = Pair(train_projection=True)
+    other = snnk.nn.redraw(model, rngs=nnx.Rngs(5))
+    old, new = model.first.projection, other.first.projection
+    np.testing.assert_array_equal(old.values["omega"][...], new.values["omega"][...])
+    with pytest.raises(ValueError, match="frozen randomness to redraw"):
+        snnk.nn.redraw(ADAPTERS["bottleneck"](), rngs=nnx.Rngs(0))

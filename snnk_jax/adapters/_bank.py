@@ -1,0 +1,135 @@
+"""Several adapters of one base model."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from snnk_jax.adapters._store import fingerprint, load_adapter, save_adapter
+from snnk_jax.nn import AdapterParam
+from snnk_jax.surgery import SwapRule, swap_modules
+
+
+class AdapterBank:
+    """Named adapters that share the arrays of one base model.
+
+    JAX arrays do not change, so an adapted model is a clone that holds the same base
+    arrays: a bank of many costs one base model and the adapters. ``bank[name]`` is the
+    model with that adapter, to be trained, called or jitted like any other.
+
+    Args:
+      base_model: the plain base model; left as it is.
+      exclude: regular expression of the parameters that belong to the task (the head)
+        and not to the base, for :func:`fingerprint`.
+
+    Example:
+      >>> import snnk_jax as snnk
+      >>> from flax import nnx
+      >>> base = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> fm = snnk.features.ArcCosine(num_features=16)
+      >>> def adapt(linear, rngs):
+      ...     adapter = snnk.nn.SNNKAdapter(8, features=fm, rngs=rngs)
+      ...     return snnk.nn.Adapted(linear, adapter)
+      >>> bank = snnk.adapters.AdapterBank(base)
+      >>> rules = [snnk.SwapRule(path="layers/0", build=adapt)]
+      >>> for i, task in enumerate(("sst2", "mrpc")):
+      ...     _ = bank.add(task, rules, rngs=nnx.Rngs(i))
+      >>> list(bank), type(bank["mrpc"].layers[0]).__name__
+      (['sst2', 'mrpc'], 'Adapted')
+    """
+
+    def __init__(self, base_model: nnx.Module, *, exclude: str = "head/.*"):
+        if jax.tree.leaves(nnx.state(base_model, AdapterParam)):
+            raise ValueError("base_model must have no adapters. Got one that has.")
+        self._base = base_model
+        self._exclude = exclude
+        self._fingerprint = fingerprint(base_model, exclude=exclude)
+        self._models: dict[str, Any] = {}
+
+    @property
+    def base(self) -> Any:
+        """The model without adapters."""
+        return self._base
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
+    def __getitem__(self, name: str) -> Any:
+        """The base model with an adapter."""
+        self._check_known(name)
+        return self._models[name]
+
+    def add(self, name: str, rules: Sequence[SwapRule], *, rngs: nnx.Rngs) -> Any:
+        """Puts a new adapter into the bank by rules, and returns its model.
+
+        Raises:
+          ValueError: if there is one of that name, or a rule matches nothing.
+        """
+        self._check_new(name)
+        self._models[name] = swap_modules(self._base, rules, rngs=rngs)[0]
+        return self._models[name]
+
+    def replace(self, name: str, model: nnx.Module) -> None:
+        """Keeps a model that was trained as one of the bank.
+
+        Raises:
+          ValueError: if there is no such adapter, or other parameters than adapters
+            and head were trained.
+        """
+        self._check_known(name)
+        found = fingerprint(model, exclude=self._exclude)
+        if found != self._fingerprint:
+            raise ValueError(
+                f"model must have the base's parameters, fingerprint "
+                f"{self._fingerprint}. Got {found}."
+            )
+        self._models[name] = model
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter.
+
+        Raises:
+          ValueError: if there is none of that name.
+        """
+        self._check_known(name)
+        del self._models[name]
+
+    def save(self, name: str, path: str | os.PathLike[str], **options: Any) -> int:
+        """Writes one adapter to a file; see :func:`save_adapter`."""
+        return save_adapter(
+            path,
+            self[name],
+            base_fingerprint=self._fingerprint,
+            exclude=self._exclude,
+            **options,
+        )
+
+    def load(self, name: str, path: str | os.PathLike[str]) -> Any:
+        """Adds an adapter from a file, and returns its model; see :func:`load_adapter`.
+
+        Raises:
+          ValueError: if there is one of that name, or the file is of another base.
+        """
+        self._check_new(name)
+        self._models[name] = load_adapter(path, self._base)
+        return self._models[name]
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._models:
+            raise ValueError(
+                f"adapter must be one of {list(self._models)}. Got {name!r}."
+            )
+
+    def _check_new(self, name: str) -> None:
+        if name in self._models:
+            raise ValueError(
+                f"adapter must have a new name. Got {name!r}, there is one already."
+            )

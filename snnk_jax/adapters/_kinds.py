@@ -1,0 +1,192 @@
+"""What an adapter file may rebuild: kinds of adapters, described by names and numbers.
+
+The values come from the file's arrays, so the builders draw from a fixed stream.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from snnk_jax import features as features_lib
+from snnk_jax.nn import (
+    Adapted,
+    AdapterParam,
+    BottleneckAdapter,
+    DoRA,
+    Scaled,
+    SNNKAdapter,
+    VeRA,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of adapter.
+
+    Attributes:
+      cls: its class.
+      describe: its settings, as what JSON can hold.
+      build: puts one of these settings around a base module.
+    """
+
+    cls: type
+    describe: Callable[[Any], dict[str, Any]]
+    build: Callable[[Any, dict[str, Any]], nnx.Module]
+
+
+def describe(module: nnx.Module) -> dict[str, Any] | None:
+    """The kind and the settings of the adapter around a module; None for others."""
+    if getattr(module, "base_module", None) is None:
+        return None
+    adapter = module.adapter if isinstance(module, Adapted) else module
+    for name, kind in KINDS.items():
+        if isinstance(adapter, kind.cls):
+            spec = {"kind": name} | kind.describe(adapter)
+            if isinstance(module, Adapted):
+                spec["parallel"] = module.parallel
+            return spec
+    return None
+
+
+def _describe_features(fm: features_lib.FeatureMap) -> dict[str, Any]:
+    fields = {
+        f.name: _describe_field(getattr(fm, f.name))
+        for f in dataclasses.fields(fm)
+        if f.init
+    }
+    return {"kind": type(fm).__name__, "fields": fields}
+
+
+def _describe_field(value: Any) -> Any:
+    """A feature map in a field as its description, alone or in a tuple."""
+    if isinstance(value, features_lib.FeatureMap):
+        return _describe_features(value)
+    if isinstance(value, tuple):
+        return [_describe_field(item) for item in value]
+    return value
+
+
+def _build_features(spec: dict[str, Any]) -> features_lib.FeatureMap:
+    kind = getattr(features_lib, str(spec["kind"]), None)
+    if not (isinstance(kind, type) and issubclass(kind, features_lib.FeatureMap)):
+        raise ValueError(f"features must be a known feature map. Got {spec['kind']!r}.")
+    return kind(**{name: _build_field(v) for name, v in spec["fields"].items()})
+
+
+def _build_field(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _build_features(value)
+    if isinstance(value, list):
+        return tuple(_build_field(item) for item in value)
+    return value
+
+
+def _dtypes(module: Any) -> dict[str, str | None]:
+    dtype = None if module.dtype is None else jnp.dtype(module.dtype).name
+    return {"dtype": dtype, "param_dtype": jnp.dtype(module.param_dtype).name}
+
+
+def _param_dtype(module: Any) -> dict[str, str]:
+    return {"param_dtype": jnp.dtype(module.param_dtype).name}
+
+
+def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
+    return {
+        "dim": adapter.dim,
+        "features": _describe_features(adapter.projection.features),
+        "normalize": adapter.normalize,
+        "rank": adapter.rank,
+        "modulate": adapter.modulate,
+        "train_projection": adapter.projection.trainable,
+        **_dtypes(adapter),
+    }
+
+
+def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    names = ("normalize", "rank", "modulate", "train_projection", *_DTYPES)
+    adapter = SNNKAdapter(
+        spec["dim"],
+        features=_build_features(spec["features"]),
+        rngs=nnx.Rngs(0),
+        **{name: spec[name] for name in names},
+    )
+    return Adapted(base, adapter, parallel=spec["parallel"])
+
+
+def _describe_bottleneck(adapter: BottleneckAdapter) -> dict[str, Any]:
+    return {
+        "dim": adapter.dim,
+        "bottleneck": adapter.bottleneck,
+        "activation": adapter.activation.name,
+        "scale": adapter.scale,
+        **_dtypes(adapter),
+    }
+
+
+def _build_bottleneck(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    options = {name: spec[name] for name in ("activation", "scale", *_DTYPES)}
+    adapter = BottleneckAdapter(
+        spec["dim"], spec["bottleneck"], rngs=nnx.Rngs(0), **options
+    )
+    return Adapted(base, adapter, parallel=spec["parallel"])
+
+
+def _describe_lora(adapter: nnx.LoRA) -> dict[str, Any]:
+    return {
+        "in_features": adapter.in_features,
+        "lora_rank": adapter.lora_a.shape[1],
+        "out_features": adapter.out_features,
+        **_dtypes(adapter),
+    }
+
+
+def _build_lora(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return nnx.LoRA(
+        spec["in_features"],
+        spec["lora_rank"],
+        spec["out_features"],
+        base_module=base,
+        lora_param_type=AdapterParam,
+        dtype=spec["dtype"],
+        param_dtype=spec["param_dtype"],
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _describe_ranked(adapter: DoRA | VeRA) -> dict[str, Any]:
+    return {"rank": adapter.rank, **_param_dtype(adapter)}
+
+
+def _build_dora(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    dtype = spec["param_dtype"]
+    return DoRA(base, spec["rank"], param_dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def _build_vera(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    dtype = spec["param_dtype"]
+    return VeRA(base, spec["rank"], param_dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def _describe_scaled(adapter: Scaled) -> dict[str, Any]:
+    return {"where": adapter.where, **_param_dtype(adapter)}
+
+
+def _build_scaled(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return Scaled(base, spec["where"], param_dtype=spec["param_dtype"])
+
+
+_DTYPES = ("dtype", "param_dtype")
+
+KINDS: dict[str, Kind] = {
+    "SNNKAdapter": Kind(SNNKAdapter, _describe_snnk, _build_snnk),
+    "BottleneckAdapter": Kind(
+        BottleneckAdapter, _describe_bottleneck, _build_bottleneck
+    ),
+    "LoRA": Kind(nnx.LoRA, _describe_lora, _build_lora),
+    "DoRA": Kind(DoRA, _describe_ranked, _build_dora),
+    "VeRA": Kind(VeRA, _describe_ranked, _build_vera),
+    "Scaled": Kind(Scaled, _describe_scaled, _build_scaled),
+}

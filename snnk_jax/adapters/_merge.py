@@ -1,0 +1,124 @@
+"""Adapters folded into the weights, where that is exact."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from snnk_jax.nn import Adapted, AdapterParam, DoRA, Scaled, VeRA
+from snnk_jax.surgery import find_modules, path_name
+from snnk_jax.typing import Array, Float
+
+_LINEAR = (nnx.LoRA, DoRA, VeRA, Scaled)
+_PROBES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+      merged: paths of the Linears that took an adapter in.
+      max_error: the largest difference between an adapted module and the merged one
+        on standard normal inputs, divided by the largest output: rounding.
+    """
+
+    merged: tuple[str, ...]
+    max_error: float
+
+
+def merge_adapters(model: nnx.Module) -> tuple[Any, MergeReport]:
+    """Folds LoRA, DoRA, VeRA and IA3 into the Linears that they stand around.
+
+    What they compute is linear in the input, so the merged model computes the same but
+    for rounding, without their cost; it can no longer tell base and adapter apart.
+
+    Args:
+      model: a model with adapters; left as it is.
+
+    Returns:
+      The model with plain Linears, and a report with the largest error.
+
+    Raises:
+      ValueError: if an adapter is not linear (SNNK and bottleneck adapters): those
+        stay modules of their own.
+
+    Example:
+      >>> import snnk_jax as snnk
+      >>> from flax import nnx
+      >>> base = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> def adapt(linear, rngs):
+      ...     return snnk.nn.DoRA(linear, 2, rngs=rngs)
+      >>> rule = snnk.SwapRule(path="layers/0", build=adapt)
+      >>> model, _ = snnk.swap_modules(base, [rule], rngs=nnx.Rngs(1))
+      >>> merged, report = snnk.adapters.merge_adapters(model)
+      >>> report.merged, report.max_error < 1e-5
+      (('layers/0',), True)
+    """
+    found = find_modules(model)
+    refused = {
+        name: type(module.adapter).__name__
+        for name, module in found.items()
+        if isinstance(module, Adapted)
+    }
+    if refused:
+        raise ValueError(
+            "only adapters that are linear maps of their input can be merged. "
+            f"Got {refused}."
+        )
+    clone = nnx.clone(model)
+    merged: dict[str, float] = {}
+
+    def fold(parts: tuple[Any, ...], node: Any) -> Any:
+        if not isinstance(node, _LINEAR):
+            return node
+        linear = _merged_linear(node)
+        name = path_name(tuple(part for part in parts if part != "base_module"))
+        merged[name] = _difference(node, linear)
+        return linear
+
+    clone = nnx.recursive_map(fold, clone)
+    left = [
+        path_name(path)
+        for path, variable in nnx.to_flat_state(nnx.state(clone, AdapterParam))
+    ]
+    if left or not merged:
+        raise ValueError(
+            "model must have LoRA, DoRA, VeRA or Scaled adapters and no others. "
+            f"Got {left or 'none'}."
+        )
+    return clone, MergeReport(tuple(sorted(merged)), max(merged.values()))
+
+
+def _merged_linear(adapter: Any) -> nnx.Linear:
+    base = adapter.base_module
+    if not isinstance(base, nnx.Linear):
+        raise ValueError(
+            "an adapter must stand around an nnx.Linear to be merged. "
+            f"Got {type(base).__name__}."
+        )
+    kernel, bias = _lora(adapter) if isinstance(adapter, nnx.LoRA) else adapter.merged()
+    # The base may be frozen elsewhere: it keeps its own arrays.
+    linear = nnx.clone(base)
+    linear.kernel[...] = kernel
+    if linear.bias is not None:
+        linear.bias[...] = bias
+    return linear
+
+
+def _lora(adapter: nnx.LoRA) -> tuple[Float[Array, "d o"], Float[Array, " o"] | None]:
+    base: Any = adapter.base_module
+    kernel = base.kernel[...]
+    change = jnp.matmul(adapter.lora_a[...], adapter.lora_b[...])
+    bias = None if base.bias is None else base.bias[...]
+    return kernel + change.astype(kernel.dtype), bias
+
+
+def _difference(adapter: Any, linear: nnx.Linear) -> float:
+    x = jax.random.normal(jax.random.key(0), (_PROBES, linear.in_features))
+    x = x.astype(linear.kernel.dtype)
+    expected, got = (np.asarray(module(x), np.float64) for module in (adapter, linear))
+    return float(np.max(np.abs(expected - got)) / max(np.max(np.abs(expected)), 1e-30))

@@ -1,0 +1,390 @@
+"""Foreign checkpoints: opened safely, checked by name and shape, read one by one.
+
+A model's loader states a :class:`Source` for every one of its parameters. Everything
+that does not fit is reported at once, before a value is read, so that neither a wrong
+file nor a hostile one fills half a model or the memory.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from snnk_jax._files import open_safetensors
+from snnk_jax.typing import Dtype
+
+HUGGING_FACE_GELUS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""Values of ``hidden_act`` and our names for them."""
+
+_LARGEST_JSON = 64 * 2**20
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a parameter stands in a checkpoint.
+
+    Attributes:
+      name: of the stored tensor, after :class:`Checkpoint` has cleaned it.
+      shape: of the stored tensor.
+      axes: order of its axes in the parameter; () keeps them. The result is reshaped
+        to the parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What a checkpoint gave.
+
+    Attributes:
+      loaded: number of parameters that were read.
+      ignored: stored tensors that the model has no place for and known to be without
+        meaning for it: other heads, buffers.
+      fresh: parameters that keep their initial values: a new head.
+    """
+
+    loaded: int
+    ignored: tuple[str, ...]
+    fresh: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A stored tensor that has not been read yet."""
+
+    shape: tuple[int, ...]
+    floating: bool
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+class Checkpoint:
+    """The tensors of one or several files, by cleaned names.
+
+    Args:
+      tensors: stored tensors by the names in the file.
+      where: what errors call it.
+      prefixes: prefixes that may stand before all names of the encoder and are cut.
+      renames: regular expressions and what to put in their place.
+
+    Raises:
+      ValueError: if two names are the same once cleaned.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        where: str,
+        *,
+        prefixes: Sequence[str] = (),
+        renames: Mapping[str, str] | None = None,
+    ):
+        self.where = where
+        self.tensors: dict[str, Tensor] = {}
+        for stored, tensor in tensors.items():
+            name = stored
+            for prefix in prefixes:
+                name = name.removeprefix(prefix)
+            for pattern, replacement in (renames or {}).items():
+                name = re.sub(pattern, replacement, name)
+            if name in self.tensors:
+                raise ValueError(
+                    f"weights must name each tensor once. Got {stored!r} and another "
+                    f"name of {name!r} in {where}."
+                )
+            self.tensors[name] = tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor, None if there is no such tensor."""
+        return self.tensors[name].shape if name in self.tensors else None
+
+
+def fill(
+    build: Callable[[], Any],
+    sources: Mapping[str, Source],
+    checkpoint: Checkpoint,
+    *,
+    ignore: str,
+    fresh: Mapping[str, np.ndarray],
+    param_dtype: Dtype,
+    change: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+) -> tuple[Any, LoadReport]:
+    """Puts a checkpoint's values in the place of a model's shapes.
+
+    Args:
+      build: returns the model; called once, for its shapes alone, after everything in
+        the file has its place.
+      sources: a source for every parameter path (joined by ``.``) but fresh ones.
+      checkpoint: the file.
+      ignore: regular expression of stored names that may be left unread.
+      fresh: initial values of the parameters that the file does not have.
+      param_dtype: storage dtype.
+      change: what to do with a value that was read, before it takes its place.
+
+    Raises:
+      ValueError: with every missing, unexpected, misshapen and non-float tensor; or
+        with those that hold values that are not finite.
+    """
+    tensors = checkpoint.tensors
+    used = {source.name for source in sources.values()}
+    missing = sorted(used - tensors.keys())
+    left = sorted(tensors.keys() - used)
+    unexpected = [name for name in left if not re.fullmatch(ignore, name)]
+    found = [source for source in sources.values() if source.name in tensors]
+    misshapen = [
+        f"{source.name} {tensors[source.name].shape} instead of {source.shape}"
+        for source in found
+        if tensors[source.name].shape != source.shape
+    ]
+    integers = [
+        f"{source.name} {tensors[source.name].dtype}"
+        for source in found
+        if not tensors[source.name].floating
+    ]
+    if missing or unexpected or misshapen or integers:
+        raise ValueError(
+            "weights must hold exactly the parameters of the model, as floats. Got "
+            f"{checkpoint.where} with missing {missing}, unexpected {unexpected}, "
+            f"misshapen {misshapen}, no floats {integers}."
+        )
+    # Shapes only: the random initial weights are never computed.
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    places = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
+    flat = dict(nnx.to_flat_state(state))
+    unknown = places.keys() ^ (sources.keys() | fresh.keys())
+    assert not unknown, f"parameters without a source, or the reverse: {unknown}"
+    broken = []
+    for name, path in places.items():
+        if name in fresh:
+            value = fresh[name]
+        else:
+            source = sources[name]
+            value = tensors[source.name].read()
+            # float16 and bfloat16 have no overflow on the way up.
+            value = np.asarray(value, np.promote_types(value.dtype, np.float32))
+            if not np.all(np.isfinite(value)):
+                broken.append(source.name)
+            value = value.transpose(source.axes) if source.axes else value
+            if change and name in change:
+                value = change[name](value)
+        variable = flat[path]
+        array = jnp.asarray(np.reshape(value, variable.shape), param_dtype)
+        flat[path] = variable.replace(array)
+    if broken:
+        raise ValueError(
+            f"weights must be finite. Got NaN or infinity in {broken} of "
+            f"{checkpoint.where}."
+        )
+    ignored = tuple(name for name in left if name not in unexpected)
+    report = LoadReport(len(sources), ignored, tuple(sorted(fresh)))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat.items())), report
+
+
+@contextlib.contextmanager
+def open_checkpoint(
+    path: str | os.PathLike[str],
+) -> Iterator[dict[str, Tensor]]:
+    """Opens a ``.safetensors`` or ``.npz`` file, or a Hugging Face folder.
+
+    A folder holds ``model.safetensors``, or ``model.safetensors.index.json`` and the
+    files that it names.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      ValueError: if a file is damaged or of another kind, or an index names files
+        elsewhere or tensors that are not where it says.
+    """
+    path = pathlib.Path(path)
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            yield _open_folder(path, stack)
+        elif path.name.endswith(".safetensors.index.json"):
+            yield _open_index(path, stack)
+        elif path.suffix == ".npz":
+            yield _open_npz(path, stack)
+        elif path.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack"):
+            raise ValueError(
+                "weights must be a .safetensors or .npz file: pickles run code. Got "
+                f"{path}; convert it with safetensors.torch.save_file."
+            )
+        else:
+            yield _tensors(stack.enter_context(open_safetensors(path, "weights")))
+
+
+def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object of bounded size.
+
+    Raises:
+      FileNotFoundError: if there is no such file; ``what`` names it.
+      ValueError: if it is too large or no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{what} must be an existing file. Got {path}.")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(
+            f"{what} must be below {_LARGEST_JSON} bytes. Got {path.stat().st_size}."
+        )
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{what} must be JSON. Got {path}: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{what} must be a JSON object. Got {type(found).__name__} in {path}."
+        )
+    return found
+
+
+def check_architecture(
+    stored: Mapping[str, Any], accepted: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raises ValueError for a ``config.json`` of a model that is not ours.
+
+    An absent key means the first accepted value.
+    """
+    for key, values in accepted.items():
+        if stored.get(key, values[0]) not in values:
+            raise ValueError(
+                f"config.json must have {key} among {values}. Got {stored[key]!r}."
+            )
+
+
+def read_sizes(stored: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Takes our fields from their names; ValueError if one is absent or no number."""
+    absent = sorted(
+        key
+        for key in names.values()
+        if isinstance(stored.get(key), bool)
+        or not isinstance(stored.get(key), int | float)
+    )
+    if absent:
+        raise ValueError(
+            f"config.json must have numbers for {absent}. "
+            f"Got {[stored.get(key) for key in absent]}."
+        )
+    return {ours: stored[theirs] for ours, theirs in names.items()}
+
+
+def check_depth(depth: int, checkpoint: Checkpoint) -> None:
+    """Raises ValueError for more blocks than a file can hold, before any is built."""
+    if depth > len(checkpoint.tensors):
+        raise ValueError(
+            "config.json must have at most as many layers as there are tensors in the "
+            f"weights. Got {depth} layers and {len(checkpoint.tensors)} tensors in "
+            f"{checkpoint.where}."
+        )
+
+
+def _open_folder(
+    folder: pathlib.Path, stack: contextlib.ExitStack
+) -> dict[str, Tensor]:
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return _tensors(stack.enter_context(open_safetensors(whole, "weights")))
+    if index.is_file():
+        return _open_index(index, stack)
+    held = sorted(p.name for p in folder.iterdir())
+    raise FileNotFoundError(
+        f"weights must be model.safetensors or its index. Got {held} in {folder}."
+    )
+
+
+def _open_index(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    places = read_json(path, "the index of the weights").get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(
+            f"the index of the weights must hold a weight_map. Got {path} without."
+        )
+    for name, file in places.items():
+        # A plain name: nothing outside of the folder is opened.
+        plain = isinstance(file, str) and re.fullmatch(r"[\w.\-]+\.safetensors", file)
+        if not plain:
+            raise ValueError(
+                "the index of the weights must name .safetensors files of its own "
+                f"folder. Got {file!r} for {name!r}."
+            )
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(places.values())):
+        opened = open_safetensors(path.parent / file, "weights")
+        held = _tensors(stack.enter_context(opened))
+        listed = {name for name, place in places.items() if place == file}
+        if held.keys() != listed:
+            raise ValueError(
+                f"{file} must hold the tensors that the index lists. Got missing "
+                f"{sorted(listed - held.keys())}, unlisted "
+                f"{sorted(held.keys() - listed)}."
+            )
+        tensors |= held
+    return tensors
+
+
+def _tensors(file: Any) -> dict[str, Tensor]:
+    def tensor(name: str) -> Tensor:
+        part = file.get_slice(name)
+        dtype = str(part.get_dtype())
+        return Tensor(
+            tuple(part.get_shape()),
+            dtype in _FLOATS,
+            dtype,
+            lambda: file.get_tensor(name),
+        )
+
+    return {name: tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _open_npz(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights must be an existing file. Got {path}.")
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+        names = [name for name in archive.namelist() if name.endswith(".npy")]
+        return {name.removesuffix(".npy"): _npy(archive, name) for name in names}
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise ValueError(
+            f"weights must be a whole .npz file of arrays. Got {path}: {error}."
+        ) from error
+
+
+def _npy(archive: zipfile.ZipFile, name: str) -> Tensor:
+    """Reads the header alone: the shape is known before anything is unpacked."""
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read is None:
+            raise ValueError(f"{name} is of the unknown version {version}")
+        shape, _, dtype = read(file)
+
+    def values() -> np.ndarray:
+        try:
+            with archive.open(name) as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+            raise ValueError(
+                f"weights must be whole. Got {name} damaged: {error}."
+            ) from error
+
+    return Tensor(shape, np.issubdtype(dtype, np.floating), str(dtype), values)

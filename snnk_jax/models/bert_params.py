@@ -1,0 +1,184 @@
+"""BERT weights from Hugging Face checkpoints.
+
+Names with and without the prefix ``bert.``, LayerNorms as ``weight``/``bias`` or
+``gamma``/``beta``, one safetensors file or several under an index.
+"""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from snnk_jax.models._weights import (
+    HUGGING_FACE_GELUS,
+    Checkpoint,
+    LoadReport,
+    Source,
+    check_architecture,
+    check_depth,
+    fill,
+    open_checkpoint,
+    read_json,
+    read_sizes,
+)
+from snnk_jax.models.bert import Bert, BertConfig
+from snnk_jax.typing import Dtype
+
+# What no BERT encoder has a place for: heads of pretraining and buffers.
+_IGNORED = r"cls\..*|embeddings\.position_ids|pooler\..*|classifier\..*"
+_RENAMES = {
+    r"LayerNorm\.gamma$": "LayerNorm.weight",
+    r"LayerNorm\.beta$": "LayerNorm.bias",
+}
+
+
+def load_bert(
+    path: str | os.PathLike[str],
+    *,
+    config: BertConfig | None = None,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    **overrides: Any,
+) -> tuple[Bert, LoadReport]:
+    """Reads a BERT encoder from a Hugging Face checkpoint.
+
+    Args:
+      path: a folder with ``config.json`` and the weights, a ``.safetensors`` file or
+        the index of several; ``config.json`` is read beside a file.
+      config: the sizes, where there is no ``config.json``.
+      dtype: computation dtype of the model.
+      param_dtype: storage dtype of its parameters.
+      **overrides: fields of :class:`BertConfig` to change: ``pool``, ``head``,
+        ``num_outputs``, the dropout rates, ``remat``. The head of a file
+        (``classifier``) is taken if it has ``num_outputs`` rows, and a new one is
+        zero.
+
+    Returns:
+      The model, and a report of what was ignored and what is new.
+
+    Raises:
+      FileNotFoundError: if there are no weights.
+      ValueError: if the file is damaged, of another architecture or a pickle, or does
+        not hold exactly the parameters of the model; every missing, unexpected and
+        misshapen name is listed, and no model is returned.
+
+    Example:
+      >>> from snnk_jax.models.bert_params import load_bert
+      >>> model, report = load_bert(folder, num_outputs=3)  # doctest: +SKIP
+      >>> report.ignored  # doctest: +SKIP
+      ('cls.predictions.bias', ..., 'embeddings.position_ids')
+    """
+    path = pathlib.Path(path)
+    with open_checkpoint(path) as tensors:
+        checkpoint = Checkpoint(
+            tensors, str(path), prefixes=("bert.",), renames=_RENAMES
+        )
+        if config is None:
+            folder = path if path.is_dir() else path.parent
+            config = _read_config(folder / "config.json")
+        config = dataclasses.replace(config, **overrides)
+        check_depth(config.depth, checkpoint)
+        sources = _sources(config)
+        fresh: dict[str, np.ndarray] = {}
+        if config.head == "linear":
+            head = _linear("head", "classifier", config.hidden_size, config.num_outputs)
+            if checkpoint.shape("classifier.weight") == head["head.kernel"].shape:
+                sources |= head
+            else:
+                fresh["head.kernel"] = np.zeros(
+                    (config.hidden_size, config.num_outputs)
+                )
+                fresh["head.bias"] = np.zeros(config.num_outputs)
+        return fill(
+            lambda: Bert(
+                config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+            ),
+            sources,
+            checkpoint,
+            ignore=_IGNORED,
+            fresh=fresh,
+            param_dtype=param_dtype,
+        )
+
+
+def _sources(config: BertConfig) -> dict[str, Source]:
+    """Where each parameter of the encoder stands."""
+    d = config.hidden_size
+    sources = _norm("embeddings.norm", "embeddings.LayerNorm", d)
+    for ours, theirs, rows in (
+        ("word", "word_embeddings", config.vocab_size),
+        ("position", "position_embeddings", config.max_length),
+        ("token_type", "token_type_embeddings", config.num_types),
+    ):
+        stored = Source(f"embeddings.{theirs}.weight", (rows, d))
+        sources[f"embeddings.{ours}.embedding"] = stored
+    for i in range(config.depth):
+        block, layer = f"blocks.{i}", f"encoder.layer.{i}"
+        for part in ("query", "key", "value"):
+            sources |= _linear(
+                f"{block}.attention.{part}", f"{layer}.attention.self.{part}", d, d
+            )
+        sources |= _linear(
+            f"{block}.attention.out", f"{layer}.attention.output.dense", d, d
+        )
+        sources |= _norm(f"{block}.norm1", f"{layer}.attention.output.LayerNorm", d)
+        sources |= _linear(
+            f"{block}.mlp.fc1", f"{layer}.intermediate.dense", d, config.mlp_dim
+        )
+        sources |= _linear(
+            f"{block}.mlp.fc2", f"{layer}.output.dense", config.mlp_dim, d
+        )
+        sources |= _norm(f"{block}.norm2", f"{layer}.output.LayerNorm", d)
+    if config.pool == "pooler":
+        sources |= _linear("pooler.dense", "pooler.dense", d, d)
+    return sources
+
+
+def _linear(ours: str, theirs: str, rows: int, columns: int) -> dict[str, Source]:
+    """A linear map; PyTorch stores it as ``[out, in]``."""
+    return {
+        f"{ours}.kernel": Source(f"{theirs}.weight", (columns, rows), (1, 0)),
+        f"{ours}.bias": Source(f"{theirs}.bias", (columns,)),
+    }
+
+
+def _norm(ours: str, theirs: str, dim: int) -> dict[str, Source]:
+    return {
+        f"{ours}.scale": Source(f"{theirs}.weight", (dim,)),
+        f"{ours}.bias": Source(f"{theirs}.bias", (dim,)),
+    }
+
+
+def _read_config(path: pathlib.Path) -> BertConfig:
+    """The sizes in a ``config.json``."""
+    stored = read_json(path, "config.json beside the weights, or the argument config,")
+    check_architecture(
+        stored,
+        {
+            "model_type": ("bert",),
+            "position_embedding_type": ("absolute",),
+            "hidden_act": tuple(HUGGING_FACE_GELUS),
+            "is_decoder": (False,),
+        },
+    )
+    fields = read_sizes(
+        stored,
+        {
+            "hidden_size": "hidden_size",
+            "depth": "num_hidden_layers",
+            "num_heads": "num_attention_heads",
+            "mlp_dim": "intermediate_size",
+            "vocab_size": "vocab_size",
+            "max_length": "max_position_embeddings",
+            "num_types": "type_vocab_size",
+            "layer_norm_eps": "layer_norm_eps",
+        },
+    )
+    fields["activation"] = HUGGING_FACE_GELUS[stored.get("hidden_act", "gelu")]
+    fields["dropout_rate"] = stored.get("hidden_dropout_prob", 0.0)
+    fields["attention_dropout_rate"] = stored.get("attention_probs_dropout_prob", 0.0)
+    return BertConfig(**fields)

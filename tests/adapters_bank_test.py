@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import snnk_jax as snnk
+from snnk_jax.adapters import AdapterBank
+from snnk_jax.nn import AdapterParam
+from snnk_jax.testing import call
+
+FM = snnk.features.ArcCosine(num_features=8)
+X = jax.random.normal(jax.random.key(0), (5, 6))
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.body = nnx.Linear(6, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.body(x))
+
+
+def build(module, rngs):
+    adapter = snnk.nn.SNNKAdapter(8, features=FM, rngs=rngs)
+    return snnk.nn.Adapted(module, adapter)
+
+
+RULES = [snnk.SwapRule(path="body", build=build)]
+
+
+def train(model, amount):
+    """Stands for training: other adapters and another head."""
+    trainable = nnx.Any(AdapterParam, nnx.PathContains("head"))
+    graphdef, params, rest = nnx.split(model, trainable, ...)
+    return nnx.merge(graphdef, jax.tree.map(lambda p: p + amount, params), rest)
+
+
+@pytest.fixture
+def bank():
+    bank = AdapterBank(Model(nnx.Rngs(0)))
+    for i, name in enumerate(("a", "b")):
+        model = bank.add(name, RULES, rngs=nnx.Rngs(i))
+        bank.replace(name, train(model, 0.1 * (i + 1)))
+    return bank
+
+
+def test_switching_keeps_adapters_apart_and_the_base_as_it_was(bank):
+    base = call(Model(nnx.Rngs(0)), X)
+    outputs = {name: call(bank[name], X) for name in bank}
+    assert list(outputs) == ["a", "b"]
+    assert len(bank) == 2
+    assert np.abs(outputs["a"] - outputs["b"]).max() > 0.01
+    assert np.abs(outputs["a"] - base).max() > 0.01
+    np.testing.assert_array_equal(call(bank.base, X), base)
+
+
+def test_models_share_the_arrays_of_the_base(bank):
+    kernels = [bank[name].body.base_module.kernel[...] for name in bank]
+    pointers = {
+        k.unsafe_buffer_pointer() for k in (*kernels, bank.base.body.kernel[...])
+    }
+    assert len(pointers) == 1
+
+
+def test_switching_does_not_compile_again(bank):
+    traces = 0
+
+    @jax.jit
+    def apply(model, x):
+        nonlocal traces
+        traces += 1
+        return model(x)
+
+    for name in bank:
+        apply(bank[name], X)
+    assert traces == 1
+
+
+def test_a_removed_adapter_is_gone_and_the_others_stay(bank):
+    before = call(bank["b"], X)
+    bank.remove("a")
+    assert "a" not in bank
+    np.testing.assert_array_equal(call(bank["b"], X), before)
+    with pytest.raises(ValueError, match=r"one of \['b'\]. Got 'a'"):
+        bank["a"]
+
+
+def test_save_and_load_into_another_bank(bank, tmp_path):
+    size = bank.save("b", tmp_path / "b.safetensors", metadata={"task": "b"})
+    assert size == (tmp_path / "b.safetensors").stat().st_size
+    other = AdapterBank(Model(nnx.Rngs(0)))
+    loaded = other.load("again", tmp_path / "b.safetensors")
+    np.testing.assert_array_equal(call(loaded, X), call(bank["b"], X))
+    assert list(other) == ["again"]
+
+
+def test_a_file_of_another_base_is_refused(bank, tmp_path):
+    bank.save("a", tmp_path / "a.safetensors")
+    other = AdapterBank(Model(nnx.Rngs(9)))
+    with pytest.raises(ValueError, match="base_model must be the one"):
+        other.load("a", tmp_path / "a.safetensors")
+    assert len(other) == 0
+
+
+def test_a_model_whose_base_was_trained_is_refused(bank):
+    changed = nnx.clone(bank["a"])
+    changed.body.base_module.bias[...] = jnp.ones(8)
+    with pytest.raises(ValueError, match="model must have the base's parameters"):
+        bank.replace("a", changed)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_names_are_new(bank, name, tmp_path):
+    with pytest.raises(ValueError, match=f"a new name. Got '{name}'"):
+        bank.add(name, RULES, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"a new name. Got '{name}'"):
+        bank.load(name, tmp_path / "file")
+
+
+def test_an_adapted_base_is_refused(bank):
+    with pytest.raises(ValueError, match="base_model must have no adapters"):
+        AdapterBank(bank["a"])
