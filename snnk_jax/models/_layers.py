@@ -133,6 +133,11 @@ def check_sizes(config: Any, positive: tuple[str, ...], rates: tuple[str, ...]) 
     for name in rates:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"{name} must be in [0, 1). Got {getattr(config, name)}.")
+    if not 0.0 <= config.layer_norm_eps < float("inf"):
+        raise ValueError(
+            "layer_norm_eps must be finite and not negative. "
+            f"Got {config.layer_norm_eps}."
+        )
     if config.activation not in GELUS:
         raise ValueError(
             f"activation must be one of {', '.join(GELUS)}. Got {config.activation!r}."

@@ -5,14 +5,15 @@ that does not fit is reported at once, before a value is read, so that neither a
 file nor a hostile one fills half a model or the memory.
 """
 
+import ast
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ HUGGING_FACE_GELUS = {
 """Values of ``hidden_act`` and our names for them."""
 
 _LARGEST_JSON = 64 * 2**20
+_LARGEST_NPY_HEADER = 2**16
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -126,7 +128,7 @@ def fill(
     checkpoint: Checkpoint,
     *,
     ignore: str,
-    fresh: Mapping[str, np.ndarray],
+    fresh: Mapping[str, tuple[int, ...]],
     param_dtype: Dtype,
     change: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
 ) -> tuple[Any, LoadReport]:
@@ -138,13 +140,13 @@ def fill(
       sources: a source for every parameter path (joined by ``.``) but fresh ones.
       checkpoint: the file.
       ignore: regular expression of stored names that may be left unread.
-      fresh: initial values of the parameters that the file does not have.
+      fresh: shapes of the parameters that the file does not have; they are zero.
       param_dtype: storage dtype.
       change: what to do with a value that was read, before it takes its place.
 
     Raises:
       ValueError: with every missing, unexpected, misshapen and non-float tensor; or
-        with those that hold values that are not finite.
+        with those that hold values that are not finite in ``param_dtype``.
     """
     tensors = checkpoint.tensors
     used = {source.name for source in sources.values()}
@@ -175,27 +177,24 @@ def fill(
     unknown = places.keys() ^ (sources.keys() | fresh.keys())
     assert not unknown, f"parameters without a source, or the reverse: {unknown}"
     broken = []
-    for name, path in places.items():
-        if name in fresh:
-            value = fresh[name]
-        else:
-            source = sources[name]
-            value = tensors[source.name].read()
-            # float16 and bfloat16 have no overflow on the way up.
-            value = np.asarray(value, np.promote_types(value.dtype, np.float32))
-            if not np.all(np.isfinite(value)):
-                broken.append(source.name)
-            value = value.transpose(source.axes) if source.axes else value
-            if change and name in change:
-                value = change[name](value)
-        variable = flat[path]
-        array = jnp.asarray(np.reshape(value, variable.shape), param_dtype)
-        flat[path] = variable.replace(array)
+    for name, source in sources.items():
+        value = tensors[source.name].read()
+        if change and name in change:
+            value = change[name](np.asarray(value, np.float32))
+        value = value.transpose(source.axes) if source.axes else value
+        variable = flat[places[name]]
+        with np.errstate(over="ignore"):  # an overflow is refused below
+            value = np.reshape(value, variable.shape).astype(np.dtype(param_dtype))
+        if not np.all(np.isfinite(value)):
+            broken.append(source.name)
+        flat[places[name]] = variable.replace(jnp.asarray(value))
     if broken:
         raise ValueError(
-            f"weights must be finite. Got NaN or infinity in {broken} of "
-            f"{checkpoint.where}."
+            f"weights must be finite in {np.dtype(param_dtype)}. Got NaN or infinity "
+            f"in {broken} of {checkpoint.where}."
         )
+    for name, shape in fresh.items():
+        flat[places[name]] = flat[places[name]].replace(jnp.zeros(shape, param_dtype))
     ignored = tuple(name for name in left if name not in unexpected)
     report = LoadReport(len(sources), ignored, tuple(sorted(fresh)))
     return nnx.merge(graphdef, nnx.from_flat_state(flat.items())), report
@@ -247,7 +246,7 @@ def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:
         )
     try:
         found = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} must be JSON. Got {path}: {error}.") from error
     if not isinstance(found, dict):
         raise ValueError(
@@ -270,20 +269,44 @@ def check_architecture(
             )
 
 
-def read_sizes(stored: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Takes our fields from their names; ValueError if one is absent or no number."""
-    absent = sorted(
-        key
-        for key in names.values()
-        if isinstance(stored.get(key), bool)
-        or not isinstance(stored.get(key), int | float)
-    )
-    if absent:
+def read_numbers(stored: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Takes our fields from the names of a Hugging Face ``config.json``.
+
+    Sizes are whole numbers and must be there; so must the epsilon of LayerNorm.
+    Dropout rates are zero where they are not.
+
+    Raises:
+      ValueError: with every value that is absent or of another kind.
+    """
+    rates = {
+        "dropout_rate": "hidden_dropout_prob",
+        "attention_dropout_rate": "attention_probs_dropout_prob",
+    }
+    found = {ours: stored.get(theirs) for ours, theirs in names.items()}
+    found |= {ours: stored.get(theirs, 0.0) for ours, theirs in rates.items()}
+    found["layer_norm_eps"] = stored.get("layer_norm_eps")
+    wrong = [
+        f"{ {**rates, **names}.get(ours, ours) }={value!r}"
+        for ours, value in found.items()
+        if isinstance(value, bool)
+        or not isinstance(value, int if ours in names else int | float)
+    ]
+    if wrong:
         raise ValueError(
-            f"config.json must have numbers for {absent}. "
-            f"Got {[stored.get(key) for key in absent]}."
+            "config.json must have whole numbers as sizes, and numbers as rates and "
+            f"epsilon. Got {', '.join(wrong)}."
         )
-    return {ours: stored[theirs] for ours, theirs in names.items()}
+    return found
+
+
+def check_overrides(overrides: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    """Raises ValueError for a field that the weights fix."""
+    wrong = sorted(overrides.keys() - set(allowed))
+    if wrong:
+        raise ValueError(
+            f"overrides must be among {', '.join(allowed)}: the weights fix all other "
+            f"sizes. Got {wrong}."
+        )
 
 
 def check_depth(depth: int, checkpoint: Checkpoint) -> None:
@@ -318,7 +341,9 @@ def _open_index(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Te
         )
     for name, file in places.items():
         # A plain name: nothing outside of the folder is opened.
-        plain = isinstance(file, str) and re.fullmatch(r"[\w.\-]+\.safetensors", file)
+        plain = isinstance(file, str) and re.fullmatch(
+            r"[\w.\-]{1,200}\.safetensors", file
+        )
         if not plain:
             raise ValueError(
                 "the index of the weights must name .safetensors files of its own "
@@ -356,35 +381,67 @@ def _tensors(file: Any) -> dict[str, Tensor]:
 def _open_npz(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"weights must be an existing file. Got {path}.")
+    # Whatever a damaged archive makes of zipfile and its decompressors.
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
-        names = [name for name in archive.namelist() if name.endswith(".npy")]
-        return {name.removesuffix(".npy"): _npy(archive, name) for name in names}
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
+        tensors = {m.filename.removesuffix(".npy"): _npy(archive, m) for m in members}
+    except Exception as error:
         raise ValueError(
-            f"weights must be a whole .npz file of arrays. Got {path}: {error}."
+            "weights must be a whole .npz file of arrays. "
+            f"Got {path}: {type(error).__name__}: {error}."
         ) from error
+    if len(tensors) != len(members):
+        raise ValueError(f"weights must name each tensor once. Got {path}.")
+    return tensors
 
 
-def _npy(archive: zipfile.ZipFile, name: str) -> Tensor:
-    """Reads the header alone: the shape is known before anything is unpacked."""
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }.get(version)
-        if read is None:
-            raise ValueError(f"{name} is of the unknown version {version}")
-        shape, _, dtype = read(file)
+def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor:
+    """Reads the header alone: the shape is known before anything is unpacked.
+
+    NumPy's own reader would allocate what a header claims.
+    """
+    with archive.open(member) as file:
+        start, shape, fortran, dtype = _npy_header(file, member.filename)
+    size = math.prod(shape) * dtype.itemsize
+    # Objects are pickles, of any size; no parameter is of them.
+    if member.file_size != start + size and not dtype.hasobject:
+        raise ValueError(
+            f"{member.filename} must hold {shape} of {dtype}. "
+            f"Got {member.file_size} bytes"
+        )
 
     def values() -> np.ndarray:
         try:
-            with archive.open(name) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+            with archive.open(member) as file:
+                data = file.read(start + size)
+        except Exception as error:
             raise ValueError(
-                f"weights must be whole. Got {name} damaged: {error}."
+                f"weights must be whole. Got {member.filename} damaged: {error}."
             ) from error
+        if len(data) != start + size:
+            raise ValueError(
+                f"weights must be whole. Got {len(data)} of {start + size} bytes of "
+                f"{member.filename}."
+            )
+        order = "F" if fortran else "C"
+        return np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
 
-    return Tensor(shape, np.issubdtype(dtype, np.floating), str(dtype), values)
+    return Tensor(shape, dtype.kind == "f", str(dtype), values)
+
+
+def _npy_header(file: Any, name: str) -> tuple[int, tuple[int, ...], bool, np.dtype]:
+    """Where the data starts, its shape, whether columns come first, and its dtype."""
+    magic = file.read(8)
+    width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(magic)
+    if width is None:
+        raise ValueError(f"{name} is of the unknown version {magic!r}")
+    length = int.from_bytes(file.read(width), "little")
+    if length > _LARGEST_NPY_HEADER:
+        raise ValueError(f"{name} has a header of {length} bytes")
+    header = ast.literal_eval(file.read(length).decode("latin1").strip())
+    shape, fortran, descr = (header[key] for key in ("shape", "fortran_order", "descr"))
+    plain = isinstance(shape, tuple) and isinstance(fortran, bool)
+    if not plain or any(type(side) is not int or side < 0 for side in shape):
+        raise ValueError(f"{name} has the header {header}")
+    return 8 + width + length, shape, fortran, np.dtype(descr)

@@ -343,8 +343,9 @@ class Bert(nnx.Module):
         if self.head is not None:
             return self.head(self.dropout(x, deterministic=rngs is None, rngs=rngs))
         if self.config.head == "embedding":
-            square = jnp.sum(x * x, axis=-1, keepdims=True)
-            return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+            return (wide * jax.lax.rsqrt(jnp.maximum(square, 1e-24))).astype(x.dtype)
         return x
 
 
@@ -360,6 +361,8 @@ def _norm(
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_eps,
+        # E x^2 - (E x)^2 would lose its digits where means are large: eps is tiny here.
+        use_fast_variance=False,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,

@@ -10,7 +10,6 @@ import pathlib
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from snnk_jax.models._weights import (
@@ -20,16 +19,22 @@ from snnk_jax.models._weights import (
     Source,
     check_architecture,
     check_depth,
+    check_overrides,
     fill,
     open_checkpoint,
     read_json,
-    read_sizes,
+    read_numbers,
 )
 from snnk_jax.models.bert import Bert, BertConfig
 from snnk_jax.typing import Dtype
 
 # What no BERT encoder has a place for: heads of pretraining and buffers.
-_IGNORED = r"cls\..*|embeddings\.position_ids|pooler\..*|classifier\..*"
+_IGNORED = r"(cls|pooler|classifier|qa_outputs)\..*|embeddings\.position_ids"
+# Fields that weights of any kind allow to change.
+_FREE = (
+    *("pool", "head", "num_outputs", "activation", "layer_norm_eps"),
+    *("dropout_rate", "attention_dropout_rate", "remat"),
+)
 _RENAMES = {
     r"LayerNorm\.gamma$": "LayerNorm.weight",
     r"LayerNorm\.beta$": "LayerNorm.bias",
@@ -80,19 +85,17 @@ def load_bert(
         if config is None:
             folder = path if path.is_dir() else path.parent
             config = _read_config(folder / "config.json")
+        check_overrides(overrides, _FREE)
         config = dataclasses.replace(config, **overrides)
         check_depth(config.depth, checkpoint)
         sources = _sources(config)
-        fresh: dict[str, np.ndarray] = {}
+        fresh: dict[str, tuple[int, ...]] = {}
         if config.head == "linear":
             head = _linear("head", "classifier", config.hidden_size, config.num_outputs)
             if checkpoint.shape("classifier.weight") == head["head.kernel"].shape:
                 sources |= head
             else:
-                fresh["head.kernel"] = np.zeros(
-                    (config.hidden_size, config.num_outputs)
-                )
-                fresh["head.bias"] = np.zeros(config.num_outputs)
+                fresh = {name: s.shape[::-1] for name, s in head.items()}
         return fill(
             lambda: Bert(
                 config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)
@@ -165,7 +168,7 @@ def _read_config(path: pathlib.Path) -> BertConfig:
             "is_decoder": (False,),
         },
     )
-    fields = read_sizes(
+    fields = read_numbers(
         stored,
         {
             "hidden_size": "hidden_size",
@@ -175,10 +178,7 @@ def _read_config(path: pathlib.Path) -> BertConfig:
             "vocab_size": "vocab_size",
             "max_length": "max_position_embeddings",
             "num_types": "type_vocab_size",
-            "layer_norm_eps": "layer_norm_eps",
         },
     )
     fields["activation"] = HUGGING_FACE_GELUS[stored.get("hidden_act", "gelu")]
-    fields["dropout_rate"] = stored.get("hidden_dropout_prob", 0.0)
-    fields["attention_dropout_rate"] = stored.get("attention_probs_dropout_prob", 0.0)
     return BertConfig(**fields)

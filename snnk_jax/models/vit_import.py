@@ -26,10 +26,11 @@ from snnk_jax.models._weights import (
     Source,
     check_architecture,
     check_depth,
+    check_overrides,
     fill,
     open_checkpoint,
     read_json,
-    read_sizes,
+    read_numbers,
 )
 from snnk_jax.models.vit import ViT, ViTConfig, resize_position_embedding
 from snnk_jax.typing import Dtype
@@ -42,6 +43,13 @@ _NPZ_RENAMES = {
     r"/MultiHeadDotProductAttention_0/": "/MultiHeadDotProductAttention_1/",
     r"/MlpBlock_0/": "/MlpBlock_3/",
 }
+
+
+# Fields that weights of any kind allow to change.
+_FREE = (
+    *("image_size", "num_classes", "pool", "activation", "layer_norm_eps"),
+    *("dropout_rate", "attention_dropout_rate", "patch_dropout", "remat"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +119,14 @@ def import_vit(
         else:
             folder = path if path.is_dir() else path.parent
             fields = _read_config(folder / "config.json")
-        fields["pool"] = "cls" if naming.cls in checkpoint else "mean"
-        if overrides.get("pool", fields["pool"]) != fields["pool"]:
+        check_overrides(overrides, _FREE)
+        pool = "cls" if naming.cls in checkpoint else "mean"
+        asked = overrides.get("pool", fields.get("pool", pool))
+        if asked != pool:
             raise ValueError(
-                f"pool must be {fields['pool']!r}, as {path} was trained. "
-                f"Got {overrides['pool']!r}."
+                f"pool must be {pool!r}, as {path} was trained. Got {asked!r}."
             )
+        fields["pool"] = pool
         stored_classes = (checkpoint.shape(f"{naming.head}bias") or (None,))[0]
         if config is None and stored_classes:
             fields["num_classes"] = stored_classes
@@ -128,21 +138,21 @@ def import_vit(
         stored = ViTConfig(**fields)
         config = dataclasses.replace(stored, **overrides)
         check_depth(stored.depth, checkpoint)
-        sources = naming.sources(stored)
+        sources = naming.sources(
+            dataclasses.replace(stored, num_classes=config.num_classes)
+        )
         ignored, fresh = naming.ignored, {}
         if config.num_classes != stored_classes:
             for name in ("head.kernel", "head.bias"):
                 del sources[name]
             shape = (config.hidden_size, config.num_classes)
-            fresh = {"head.kernel": np.zeros(shape), "head.bias": np.zeros(shape[1])}
+            fresh = {"head.kernel": shape, "head.bias": shape[1:]}
             ignored = f"{ignored}|{naming.with_head}"
         place = functools.partial(_place_positions, stored=stored, config=config)
-        tokens = (checkpoint.shape(naming.position) or (1, stored.num_tokens))[1]
-        if config.pool == "cls" and tokens == stored.num_patches:
+        grid_only = (1, stored.num_patches, stored.hidden_size)
+        if npz and pool == "cls" and checkpoint.shape(naming.position) == grid_only:
             # The class token was put before the others after these were added.
-            sources["position_embedding"] = Source(
-                naming.position, (1, tokens, stored.hidden_size)
-            )
+            sources["position_embedding"] = Source(naming.position, grid_only)
         return fill(
             lambda: ViT(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)),
             sources,
@@ -279,7 +289,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     stored = read_json(path, "config.json beside the weights, or the argument config,")
     accepted = {"model_type": ("vit",), "hidden_act": tuple(HUGGING_FACE_GELUS)}
     check_architecture(stored, accepted | {"qkv_bias": (True,)})
-    fields = read_sizes(
+    fields = read_numbers(
         stored,
         {
             "hidden_size": "hidden_size",
@@ -289,7 +299,6 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
             "image_size": "image_size",
             "patch_size": "patch_size",
             "channels": "num_channels",
-            "layer_norm_eps": "layer_norm_eps",
         },
     )
     activation = HUGGING_FACE_GELUS[stored.get("hidden_act", "gelu")]
@@ -311,6 +320,9 @@ def _npz_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
             f"weights must hold {', '.join(names)} with 4, 3, 2 and 3 axes. Got the "
             f"shapes {shapes} in {checkpoint.where}."
         )
+    sides = [side for shape in shapes for side in shape]
+    if not all(1 <= side < 2**31 for side in sides):
+        raise ValueError(f"weights must have sizes of 1 to 2^31. Got {shapes}.")
     embedding, query, dense, position = shapes
     side = math.isqrt(position[1])
     if position[1] - side**2 not in (0, 1):
