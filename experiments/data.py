@@ -99,13 +99,18 @@ class Resized:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three splits and the number of classes."""
+    """Three splits, the number of classes, and the metric that runs are judged by.
+
+    A regression has one class and labels of a floating dtype; see
+    :mod:`experiments.scores` for metrics.
+    """
 
     name: str
     train: Split
     val: Split
     test: Split
     num_classes: int
+    metric: str = "accuracy"
 
 
 def from_float(images: np.ndarray, maximum: float) -> np.ndarray:
@@ -162,9 +167,42 @@ def load(
     else:
         train, val, test = loader(directory, image_size)
         num_classes = NUM_CLASSES[name]
+    return cut(
+        Dataset(name, train, train if val is None else val, test, num_classes),
+        has_val=val is not None,
+        train_size=train_size,
+        val_fraction=val_fraction,
+        test_size=test_size,
+        split_seed=split_seed,
+    )
+
+
+def cut(
+    dataset: Dataset,
+    *,
+    has_val: bool,
+    train_size: int,
+    val_fraction: float,
+    test_size: int,
+    split_seed: int = 0,
+) -> Dataset:
+    """Cuts a validation part off the training part, and takes subsets.
+
+    Args:
+      dataset: whole splits.
+      has_val: whether its validation split is one of its own; it is taken as it is.
+      train_size: see :func:`load`, like the others.
+      val_fraction: share of the training examples.
+      test_size: test examples.
+      split_seed: seed of the cut and of the subsets.
+
+    Raises:
+      ValueError: for sizes that the data cannot serve.
+    """
+    train, val, test = dataset.train, dataset.val, dataset.test
     rng = np.random.default_rng(split_seed)
     order = rng.permutation(len(train))
-    if val is None:
+    if not has_val:
         held_out = round(len(train) * val_fraction)
         if not 0 < held_out < len(train):
             raise ValueError(
@@ -183,7 +221,7 @@ def load(
     train = Subset(train, np.sort(order[: train_size or None]))
     if test_size:
         test = Subset(test, np.sort(rng.permutation(len(test))[:test_size]))
-    return Dataset(name, train, val, test, num_classes)
+    return dataclasses.replace(dataset, train=train, val=val, test=test)
 
 
 def _digits(directory: str, image_size: int):

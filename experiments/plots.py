@@ -143,10 +143,10 @@ def accuracy_curves(
     _save(figure, path)
 
 
-def accuracy_against_parameters(
-    path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]]
+def score_against_parameters(
+    path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]], ylabel: str
 ) -> None:
-    """Draws accuracy against trained parameters (head apart), range as bars.
+    """Draws percentages against trained parameters (head apart), range as bars.
 
     Each row has ``title``, ``trained``, ``mean``, ``low`` and ``high``. The linear
     probe, which trains no parameter but the head, is drawn as a line.
@@ -169,9 +169,7 @@ def accuracy_against_parameters(
             capsize=3,
             label=row["title"],
         )
-    axis.set(
-        xscale="log", xlabel="trained parameters without the head", ylabel="accuracy, %"
-    )
+    axis.set(xscale="log", xlabel="trained parameters without the head", ylabel=ylabel)
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     _save(figure, path)

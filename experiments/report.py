@@ -11,21 +11,21 @@ from snnk_jax._files import write_atomic
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Takes the seeds of a method together: mean and range of the accuracy."""
+    """Takes the seeds of a method together: mean and range of the score."""
     methods: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         methods.setdefault(result["method"], []).append(result)
     table = []
     for runs in methods.values():
-        accuracies = [run["accuracy"] for run in runs]
+        scores = [run["score"] for run in runs]
         table.append(
             {
                 "method": runs[0]["method"],
                 "title": runs[0]["title"],
                 "seeds": len(runs),
-                "mean": statistics.fmean(accuracies),
-                "low": min(accuracies),
-                "high": max(accuracies),
+                "mean": statistics.fmean(scores),
+                "low": min(scores),
+                "high": max(scores),
                 "learning_rate": runs[0]["recipe"]["learning_rate"],
                 "trained": runs[0]["counts"]["trained"],
                 "head": runs[0]["counts"]["head"],
@@ -39,8 +39,6 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 _HEADER = (
-    "method",
-    "accuracy, %",
     "range",
     "trained",
     "head",
@@ -52,9 +50,9 @@ _HEADER = (
 )
 
 
-def markdown_table(table: Sequence[dict[str, Any]]) -> str:
+def markdown_table(table: Sequence[dict[str, Any]], metric: str = "accuracy") -> str:
     """The table in Markdown, columns padded so that it reads as text too."""
-    lines: list[tuple[str, ...]] = [_HEADER]
+    lines: list[tuple[str, ...]] = [("method", f"{metric}, %", *_HEADER)]
     for row in table:
         spread = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
         lines.append(
@@ -101,15 +99,16 @@ def write(
     """Writes ``report.md``, ``results.json`` and the plots; returns the table."""
     workdir = pathlib.Path(workdir)
     table = rows(results)
-    text = markdown_table(table)
+    metric = results[0]["metric"]
+    text = markdown_table(table, metric)
     split = results[0]["recipe"]["eval_split"]
-    panels: dict[str, dict[str, Any]] = {"training loss": {}, f"{split} accuracy": {}}
+    panels: dict[str, dict[str, Any]] = {"training loss": {}, f"{split} {metric}": {}}
     for result in results:
         if result["recipe"]["seed"] != results[0]["recipe"]["seed"]:
             continue
         logged = read_jsonl(pathlib.Path(result["workdir"]) / "metrics.jsonl")
         for panel, key in zip(
-            panels.values(), ("train/loss", f"{split}/accuracy"), strict=True
+            panels.values(), ("train/loss", f"{split}/{metric}"), strict=True
         ):
             points = [(line["step"], line[key]) for line in logged if key in line]
             if points:
@@ -117,12 +116,12 @@ def write(
     panels = {title: curves for title, curves in panels.items() if curves}
     if panels:  # a run that had finished elsewhere logged nothing here
         plots.curves(workdir / "curves.png", panels)
-    plots.accuracy_against_parameters(workdir / "accuracy.png", table)
+    plots.score_against_parameters(workdir / "score.png", table, f"{metric}, %")
     write_json(workdir / "results.json", {"table": table})
     parts = [
-        f"Accuracy on the {split} split. " + " ".join(notes),
+        f"{metric.capitalize()} on the {split} split. " + " ".join(notes),
         text,
-        "![accuracy against trained parameters](accuracy.png)",
+        f"![{metric} against trained parameters](score.png)",
         *(["![curves](curves.png)"] if panels else []),
     ]
     document(workdir, title, command, parts, environment)

@@ -131,8 +131,8 @@ def _sweep(config: ConfigDict, one: Any) -> dict[str, float]:
             except train.NonFiniteError as error:
                 print(f"{name} diverged: {error}", flush=True)
                 continue
-            # The lower loss decides between equal accuracies.
-            scores.append((result["accuracy"], -result["loss"], rate))
+            # The lower loss decides between equal scores.
+            scores.append((result["score"], -result["loss"], rate))
         if not scores:
             raise ValueError(
                 "sweep.learning_rates must hold a rate at which every method trains. "
@@ -203,8 +203,8 @@ def _run_one(
             )
         result["adapter_bytes"] = file.stat().st_size
         print(
-            f"{workdir.name}: {recipe.eval_split} accuracy "
-            f"{100 * result['accuracy']:.2f} %, {result['seconds']:.0f} s",
+            f"{workdir.name}: {recipe.eval_split} {result['metric']} "
+            f"{100 * result['score']:.2f} %, {result['seconds']:.0f} s",
             flush=True,
         )
     return model, result

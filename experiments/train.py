@@ -27,6 +27,7 @@ from experiments import data as data_lib
 from experiments import sharding as sharding_lib
 from experiments.checkpoints import Checkpoints
 from experiments.metrics import MetricWriter, Progress, write_json
+from experiments.scores import scores
 from snnk_jax.nn import RandomProjection
 
 PREEMPTED_EXIT_CODE = 75
@@ -121,6 +122,27 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
+def model_inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+    """What a model is called with: images in [-1, 1], or ids, types and mask."""
+    if "image" in batch:
+        return (normalise(batch["image"]),)
+    return batch["tokens"], batch["token_types"], batch["mask"]
+
+
+def example_losses(
+    outputs: jax.Array, labels: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Cross-entropy of classes, or half the squared error of values, ``[n]``.
+
+    Labels of a floating dtype are values.
+    """
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        return optax.l2_loss(outputs[..., 0], labels)
+    targets = jax.nn.one_hot(labels, outputs.shape[-1])
+    targets = optax.smooth_labels(targets, label_smoothing)
+    return optax.softmax_cross_entropy(outputs, targets)
+
+
 def make_train_step(
     graphdef: Any, optimizer: optax.GradientTransformation, recipe: Recipe
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
@@ -130,20 +152,18 @@ def make_train_step(
     def train_step(state, projections, frozen, batch):
         key = jax.random.fold_in(jax.random.key(state["seed"]), state["step"])
         augment_key, dropout_key = jax.random.split(key)
-        images = normalise(augment(augment_key, batch["image"]))
+        if "image" in batch:
+            batch = batch | {"image": augment(augment_key, batch["image"])}
 
         def loss_fn(params):
             # Copies, since nnx.remat writes to all variables of the model.
             model = nnx.merge(graphdef, params, projections, frozen, copy=True)
-            logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
-            logits = logits.astype(jnp.float32)
-            targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
-            targets = optax.smooth_labels(targets, recipe.label_smoothing)
-            loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-            hits = jnp.argmax(logits, axis=-1) == batch["label"]
-            return loss, jnp.mean(hits.astype(jnp.float32))
+            rngs = nnx.Rngs(dropout=dropout_key)
+            outputs = model(*model_inputs(batch), rngs=rngs).astype(jnp.float32)
+            losses = example_losses(outputs, batch["label"], recipe.label_smoothing)
+            return jnp.mean(losses), outputs
 
-        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        (loss, outputs), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state["params"]
         )
         updates, opt_state = optimizer.update(
@@ -153,10 +173,12 @@ def make_train_step(
         params = optax.apply_updates(state["params"], updates)
         metrics = {
             "loss": loss,
-            "accuracy": accuracy,
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),
         }
+        if not jnp.issubdtype(batch["label"].dtype, jnp.floating):
+            hits = jnp.argmax(outputs, axis=-1) == batch["label"]
+            metrics["accuracy"] = jnp.mean(hits.astype(jnp.float32))
         changed = {"params": params, "opt_state": opt_state, "step": state["step"] + 1}
         return state | changed, metrics
 
@@ -164,18 +186,19 @@ def make_train_step(
 
 
 def make_eval_step(graphdef: Any) -> Callable[..., dict[str, jax.Array]]:
-    """Returns ``step(params, projections, frozen, batch) -> sums``, pure."""
+    """Returns ``step(params, projections, frozen, batch) -> outputs``, pure.
+
+    Beside the outputs of every example stand its loss, label and weight.
+    """
 
     def eval_step(params, projections, frozen, batch):
         model = nnx.merge(graphdef, params, projections, frozen)
-        logits = model(normalise(batch["image"])).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        hits = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
-        weight = batch["weight"]
+        outputs = model(*model_inputs(batch)).astype(jnp.float32)
         return {
-            "loss": jnp.sum(losses * weight),
-            "accuracy": jnp.sum(hits * weight),
-            "count": jnp.sum(weight),
+            "outputs": outputs,
+            "loss": example_losses(outputs, batch["label"]),
+            "label": batch["label"],
+            "weight": batch["weight"],
         }
 
     return eval_step
@@ -330,7 +353,7 @@ def fit(
     batch_sharding = shared[2]
 
     state = jax.jit(init_state, out_shardings=state_shardings)(params)
-    best: dict[str, Any] = {"accuracy": -1.0, "step": 0}
+    best: dict[str, Any] = {"score": -math.inf, "step": 0}
     best_params = jax.tree.map(jnp.copy, state["params"]) if keep_best else None
     seconds = 0.0
     checkpoints = Checkpoints(workdir / "checkpoints", keep)
@@ -368,14 +391,14 @@ def fit(
     )
 
     def evaluate(params: Any) -> dict[str, float]:
-        totals: dict[str, float] = {}
+        parts = []
         for batch in data_lib.eval_batches(scored, recipe.batch_size, **process):
             batch = sharding_lib.place(batch, batch_sharding)
-            sums = jax.device_get(eval_step(params, projections, frozen, batch))
-            for key, value in sums.items():
-                totals[key] = totals.get(key, 0.0) + float(value)
-        count = totals.pop("count")
-        return {key: value / count for key, value in totals.items()}
+            parts.append(jax.device_get(eval_step(params, projections, frozen, batch)))
+        whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        real = whole["weight"] > 0  # the last batch is filled up
+        loss = float(np.mean(whole["loss"][real], dtype=np.float64))
+        return {"loss": loss} | scores(whole["outputs"][real], whole["label"][real])
 
     def save(step: int) -> None:
         record = {
@@ -437,8 +460,8 @@ def fit(
                     clock = time.monotonic()
                 if evaluating:
                     evaluation = evaluate(state["params"])
-                    if evaluation["accuracy"] > best["accuracy"]:
-                        best = {"accuracy": evaluation["accuracy"], "step": step}
+                    if evaluation[dataset.metric] > best["score"]:
+                        best = {"score": evaluation[dataset.metric], "step": step}
                         if keep_best:
                             best_params = jax.tree.map(jnp.copy, state["params"])
                     if writer:
@@ -463,8 +486,9 @@ def fit(
         evaluation = evaluate(state["params"])
     result = {
         "split": recipe.eval_split,
-        "loss": evaluation["loss"],
-        "accuracy": evaluation["accuracy"],
+        **evaluation,
+        "metric": dataset.metric,
+        "score": evaluation[dataset.metric],
         "best": best,
         "seconds": seconds,
         "step_ms": 1e3 * float(np.median(step_seconds or [seconds / recipe.steps])),

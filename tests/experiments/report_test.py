@@ -5,7 +5,8 @@ def result(method, accuracy, seed=0, trained=100):
     return {
         "method": method,
         "title": method.title(),
-        "accuracy": accuracy,
+        "metric": "accuracy",
+        "score": accuracy,
         "step_ms": 10.0 + seed,
         "seconds": 2.0,
         "adapter_bytes": 1234,
@@ -54,5 +55,5 @@ def test_files_and_plots(tmp_path):
     written = (tmp_path / "report.md").read_text()
     assert text in written
     assert "A note." in written
-    for name in ("accuracy.png", "curves.png"):
+    for name in ("score.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

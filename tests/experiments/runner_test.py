@@ -33,7 +33,7 @@ def test_quicktest_of_every_config(name, tmp_path):
         assert (
             result["adapter_bytes"] == (folder / "adapter.safetensors").stat().st_size
         )
-    png = (tmp_path / "accuracy.png").read_bytes()
+    png = (tmp_path / "score.png").read_bytes()
     assert png.startswith(b"\x89PNG")
 
 

@@ -386,7 +386,7 @@ def test_keep_best_returns_the_best_parameters(fit, dataset, tmp_path):
         logits = model(train.normalise(jnp.asarray(batch["image"])))
         return np.mean(np.argmax(logits, -1) == batch["label"])
 
-    assert accuracy(best_model) == pytest.approx(result["best"]["accuracy"])
+    assert accuracy(best_model) == pytest.approx(result["best"]["score"])
     assert accuracy(last_model) == pytest.approx(last["accuracy"])
     assert accuracy(best_model) > accuracy(last_model)
     again, _ = fit(recipe, folder="best", keep_best=True)
