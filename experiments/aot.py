@@ -290,6 +290,10 @@ def prepare(config: Any, topology: str, num_classes: int = 0) -> tuple[Mesh, int
       ValueError: for a config, topology or mesh that cannot be compiled.
     """
     check(config)
+    if config.model.family != "vit":
+        raise ValueError(
+            f"config.model.family must be vit here. Got {config.model.family!r}."
+        )
     num_classes = num_classes or NUM_CLASSES.get(config.data.name, 0)
     if num_classes < 1:
         raise ValueError(

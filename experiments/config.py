@@ -36,8 +36,11 @@ def base() -> ConfigDict:
             # optim.learning_rates.
             "sweep": {"learning_rates": (), "seed": 0},
             "model": {
-                # A safetensors file of models.vit_params; "" builds the model below
-                # from scratch. With weights only the named sizes may change.
+                # "vit" for images, "bert" for text.
+                "family": "vit",
+                # A file of models.vit_params, a Hugging Face folder, an original .npz,
+                # or package:NAME/FOLDER in an installed package; "" builds the model
+                # below from scratch. With weights only the named sizes may change.
                 "weights": "",
                 "preset": "",
                 "image_size": 32,
@@ -46,7 +49,9 @@ def base() -> ConfigDict:
                 "depth": 6,
                 "num_heads": 4,
                 "mlp_dim": 512,
+                # "cls", "mean", or "pooler" of a BERT.
                 "pool": "mean",
+                "vocab_size": 30522,
                 "dropout_rate": 0.0,
                 "patch_dropout": 0.0,
                 "remat": False,
@@ -61,6 +66,7 @@ def base() -> ConfigDict:
                 "projection": "orthogonal",
                 "bottleneck": 48,
                 "lora_rank": 8,
+                "vera_rank": 256,
             },
             "data": {
                 "name": "synthetic",
@@ -69,6 +75,10 @@ def base() -> ConfigDict:
                 "test_size": 0,
                 "val_fraction": 0.1,
                 "augment": "none",
+                # Of text: ids of an example, and the tokenizer's file or folder; ""
+                # takes the folder of the weights.
+                "length": 48,
+                "tokenizer": "",
             },
             "optim": {
                 "learning_rates": ConfigDict(),
@@ -160,6 +170,9 @@ _POSITIVE = (
     "adapter.factored_rank",
     "adapter.bottleneck",
     "adapter.lora_rank",
+    "adapter.vera_rank",
+    "model.vocab_size",
+    "data.length",
     "optim.batch_size",
     "optim.steps",
     "optim.clip_norm",
@@ -182,7 +195,8 @@ _FRACTIONS = (
 )
 _CHOICES = {
     "eval_split": ("val", "test"),
-    "model.pool": ("cls", "mean"),
+    "model.family": ("vit", "bert"),
+    "model.pool": ("cls", "mean", "pooler"),
     "model.dtype": ("float32", "bfloat16"),
     "adapter.projection": gaussian_names(),
     "data.augment": tuple(AUGMENTATIONS),
@@ -243,6 +257,12 @@ def check_training(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.{key} must be one of {', '.join(choices)}. Got {value(key)!r}."
             )
+    if config.model.family == "vit" and config.model.pool == "pooler":
+        raise ValueError("config.model.pool must be cls or mean of a vit. Got pooler.")
+    if config.model.family != "vit" and config.export:
+        raise ValueError(
+            f"config.export must be empty but for a vit. Got {config.export!r}."
+        )
     if "data" not in dict(config.mesh.axes):
         raise ValueError(
             f"config.mesh.axes must name an axis 'data'. Got {config.mesh.axes}."

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import snnk_jax as snnk
 from experiments import data as data_lib
-from experiments import report, summary, tasks, train
+from experiments import glue, report, summary, tasks, train
 from experiments import sharding as sharding_lib
 from experiments.config import check_training as check
 from experiments.config import methods_of
@@ -47,6 +47,22 @@ def recipe_for(
     )
 
 
+def load_data(config: ConfigDict) -> data_lib.Dataset:
+    """The data set of a config: images for a ViT, text for a BERT."""
+    options = config.data
+    shared = {
+        "directory": options.dir,
+        "train_size": options.train_size,
+        "val_fraction": options.val_fraction,
+        "test_size": options.test_size,
+    }
+    if config.model.family == "vit":
+        return data_lib.load(options.name, image_size=config.model.image_size, **shared)
+    weights = tasks.weights_path(config.model.weights)
+    tokenizer = options.tokenizer or weights
+    return glue.load(options.name, tokenizer=tokenizer, length=options.length, **shared)
+
+
 def run(
     config: ConfigDict, workdir: str | pathlib.Path, command: str = ""
 ) -> list[dict[str, Any]]:
@@ -71,14 +87,7 @@ def run(
             f"config.resume must be the workdir of a run. Got {config.resume!r}."
         )
     claim(workdir, config)
-    dataset = data_lib.load(
-        config.data.name,
-        image_size=config.model.image_size,
-        directory=config.data.dir,
-        train_size=config.data.train_size,
-        val_fraction=config.data.val_fraction,
-        test_size=config.data.test_size,
-    )
+    dataset = load_data(config)
     mesh = sharding_lib.make_mesh(config.mesh.axes)
     chief = jax.process_index() == 0
     environment = describe_environment()
@@ -166,7 +175,7 @@ def _run_one(
         batch = data_lib.TrainLoader(dataset.train, recipe.batch_size, 0).batch(0)
         cost = summary.cost(model, task.trainable, recipe, batch)
         print(
-            f"{cost['flops'] / 1e9:.1f} GFLOP a step of {recipe.batch_size} images; "
+            f"{cost['flops'] / 1e9:.1f} GFLOP a step of {recipe.batch_size} examples; "
             f"{cost['state_bytes'] / 1e6:.1f} MB of state, "
             f"{cost['gradient_bytes'] / 1e6:.1f} MB of gradients, and activations",
             flush=True,
@@ -251,7 +260,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _notes(config: ConfigDict) -> list[str]:
     notes = [
-        f"{config.optim.steps} steps of {config.optim.batch_size} images of "
+        f"{config.optim.steps} steps of {config.optim.batch_size} examples of "
         f"{config.data.name}, {len(config.seeds)} seed(s)."
     ]
     if config.sweep.learning_rates:

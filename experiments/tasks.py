@@ -1,6 +1,8 @@
 """Builds what a run trains: the model of a config and the methods that adapt it."""
 
 import dataclasses
+import importlib.util
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +10,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import snnk_jax as snnk
+from snnk_jax.models.bert import Bert, BertConfig
 from snnk_jax.models.vit import ViT, ViTConfig
-from snnk_jax.models.vit_params import load_vit
 from snnk_jax.nn import Adapted, AdapterParam
 
 Rules = list[snnk.SwapRule]
@@ -34,7 +36,7 @@ class Method:
     trainable: Any
     trained: str = "head/.*"
 
-    def adapt(self, model: ViT, config: ConfigDict, rngs: nnx.Rngs) -> ViT:
+    def adapt(self, model: Any, config: ConfigDict, rngs: nnx.Rngs) -> Any:
         """Returns a clone of the model with this method's modules in place."""
         rules = self.rules(config, model.config.hidden_size)
         return snnk.swap_modules(model, rules, rngs=rngs)[0] if rules else model
@@ -42,6 +44,7 @@ class Method:
 
 HOULSBY_PLACES = r"blocks/\d+/(attention|mlp)"
 PFEIFFER_PLACES = r"blocks/\d+/mlp"
+BLOCK_PLACES = r"blocks/\d+"
 LORA_PLACES = r"blocks/\d+/attention/(query|value)"
 
 
@@ -54,13 +57,18 @@ def _dtype(config: ConfigDict) -> str | None:
     return None if config.model.dtype == "float32" else config.model.dtype
 
 
-def _bottleneck(path: str, size: Callable[[ConfigDict, int], int]) -> Any:
+def _bottleneck(
+    path: str,
+    size: Callable[[ConfigDict, int], int],
+    parallel: bool = False,
+    **fields: Any,
+) -> Any:
     def rules(config: ConfigDict, dim: int) -> Rules:
         def build(module: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
             adapter = snnk.nn.BottleneckAdapter(
-                dim, size(config, dim), dtype=_dtype(config), rngs=rngs
+                dim, size(config, dim), dtype=_dtype(config), rngs=rngs, **fields
             )
-            return Adapted(module, adapter)
+            return Adapted(module, adapter, parallel=parallel)
 
         return [snnk.SwapRule(path=path, build=build)]
 
@@ -92,8 +100,44 @@ def _lora(config: ConfigDict, dim: int) -> Rules:
     return [snnk.SwapRule(path=LORA_PLACES, build=build)]
 
 
+def _dora(config: ConfigDict, dim: int) -> Rules:
+    def build(linear: nnx.Linear, rngs: nnx.Rngs) -> nnx.Module:
+        return snnk.nn.DoRA(linear, config.adapter.lora_rank, rngs=rngs)
+
+    return [snnk.SwapRule(path=LORA_PLACES, build=build)]
+
+
+def _vera(config: ConfigDict, dim: int) -> Rules:
+    def build(linear: nnx.Linear, rngs: nnx.Rngs) -> nnx.Module:
+        return snnk.nn.VeRA(linear, config.adapter.vera_rank, rngs=rngs)
+
+    return [snnk.SwapRule(path=LORA_PLACES, build=build)]
+
+
+def _ia3(config: ConfigDict, dim: int) -> Rules:
+    return [
+        snnk.SwapRule(
+            path=r"blocks/\d+/attention/(key|value)",
+            build=lambda linear, rngs: snnk.nn.Scaled(linear, "output"),
+        ),
+        snnk.SwapRule(
+            path=r"blocks/\d+/mlp/fc2",
+            build=lambda linear, rngs: snnk.nn.Scaled(linear, "input"),
+        ),
+    ]
+
+
+def _in_layer_norm(path: tuple[Any, ...], value: Any) -> bool:
+    named = any(str(part).startswith("norm") for part in path)
+    return named and issubclass(getattr(value, "type", type(value)), nnx.Param)
+
+
 def _snnk(
-    features: Callable[[ConfigDict], snnk.features.FeatureMap], factored: bool = False
+    features: Callable[[ConfigDict], snnk.features.FeatureMap],
+    factored: bool = False,
+    path: str = HOULSBY_PLACES,
+    parallel: bool = False,
+    **fields: Any,
 ) -> Any:
     def rules(config: ConfigDict, dim: int) -> Rules:
         def build(module: nnx.Module, rngs: nnx.Rngs) -> nnx.Module:
@@ -104,10 +148,11 @@ def _snnk(
                 modulate=not factored,
                 dtype=_dtype(config),
                 rngs=rngs,
+                **fields,
             )
-            return Adapted(module, adapter)
+            return Adapted(module, adapter, parallel=parallel)
 
-        return [snnk.SwapRule(path=HOULSBY_PLACES, build=build)]
+        return [snnk.SwapRule(path=path, build=build)]
 
     return rules
 
@@ -165,12 +210,30 @@ METHODS: dict[str, Method] = {
         _bottleneck(PFEIFFER_PLACES, _configured_bottleneck),
         _ADAPTER,
     ),
+    "adaptformer": Method(
+        "AdaptFormer",
+        _bottleneck(
+            *(PFEIFFER_PLACES, _configured_bottleneck, True),
+            activation="relu",
+            scale=0.1,
+        ),
+        _ADAPTER,
+    ),
     "lora": Method("LoRA (query, value)", _lora, _ADAPTER),
+    "dora": Method("DoRA (query, value)", _dora, _ADAPTER),
+    "vera": Method("VeRA (query, value)", _vera, _ADAPTER),
+    "ia3": Method("IA3", _ia3, _ADAPTER),
     "bitfit": Method(
         "BitFit",
         _no_rules,
         nnx.Any(nnx.All(nnx.Param, nnx.PathContains("bias")), HEAD),
         trained="head/.*|(.*/)?bias",
+    ),
+    "layer_norm": Method(
+        "LayerNorm tuning",
+        _no_rules,
+        nnx.Any(_in_layer_norm, HEAD),
+        trained=r"head/.*|(.*/)?norm\d?/.*",
     ),
     "snnk_relu": Method("SNNK adapter, ReLU", _snnk(_relu_features), _ADAPTER),
     "snnk_cos": Method("SNNK adapter, cosine", _snnk(_cos_features), _ADAPTER),
@@ -183,13 +246,53 @@ METHODS: dict[str, Method] = {
     ),
     "snnk_exp": Method("SNNK adapter, positive", _snnk(_exp_features), _ADAPTER),
     "snnk_square": Method("SNNK adapter, quadratic", _snnk(_square_features), _ADAPTER),
+    "snnk_pfeiffer": Method(
+        "SNNK adapter, ReLU, after the FFN",
+        _snnk(_relu_features, path=PFEIFFER_PLACES),
+        _ADAPTER,
+    ),
+    "snnk_parallel": Method(
+        "SNNK adapter, ReLU, parallel",
+        _snnk(_relu_features, path=HOULSBY_PLACES, parallel=True),
+        _ADAPTER,
+    ),
+    "snnk_block": Method(
+        "SNNK adapter, ReLU, after the block",
+        _snnk(_relu_features, path=BLOCK_PLACES),
+        _ADAPTER,
+    ),
+    "snnk_trained": Method(
+        "SNNK adapter, ReLU, trained projection",
+        _snnk(_relu_features, train_projection=True),
+        _ADAPTER,
+    ),
     "full": Method("Full fine-tuning", _no_rules, nnx.Param, trained=".*"),
     "scratch": Method("From scratch", _no_rules, nnx.Param, trained=".*"),
 }
 
 
-def build_model(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ViT:
+def weights_path(spec: str) -> str:
+    """A path, or ``package:NAME/FOLDER`` inside of an installed package.
+
+    Raises:
+      FileNotFoundError: if there is no such package; says how to get it.
+    """
+    if not spec.startswith("package:"):
+        return spec
+    name, _, folder = spec.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise FileNotFoundError(
+            f"config.model.weights must name an installed package. Got {spec!r}: pip "
+            f"install --no-deps {name.replace('_', '-')}"
+        )
+    return str(pathlib.Path(found.origin).parent / folder)
+
+
+def build_model(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> Any:
     """The model of ``config.model``, with a zero head of ``num_classes``."""
+    if config.model.family == "bert":
+        return _build_bert(config, num_classes, rngs)
     options = config.model
     changes = {
         "image_size": options.image_size,
@@ -200,9 +303,35 @@ def build_model(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> ViT:
     }
     dtype = _dtype(config)
     if options.weights:
-        return load_vit(options.weights, dtype=dtype, **changes)
+        return ViT.from_pretrained(
+            weights_path(options.weights), dtype=dtype, **changes
+        )
     if options.preset:
         return ViT(ViTConfig.preset(options.preset, **changes), dtype=dtype, rngs=rngs)
     sizes = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_dim", "pool")
     sized = ViTConfig(**{name: options[name] for name in sizes}, **changes)
     return ViT(sized, dtype=dtype, rngs=rngs)
+
+
+def _build_bert(config: ConfigDict, num_outputs: int, rngs: nnx.Rngs) -> Bert:
+    options = config.model
+    changes = {
+        "pool": options.pool,
+        "head": "linear",
+        "num_outputs": num_outputs,
+        "dropout_rate": options.dropout_rate,
+        "attention_dropout_rate": options.dropout_rate,
+        "remat": options.remat,
+    }
+    dtype = _dtype(config)
+    if options.weights:
+        return Bert.from_pretrained(
+            weights_path(options.weights), dtype=dtype, **changes
+        )
+    changes |= {"vocab_size": options.vocab_size, "max_length": config.data.length}
+    if options.preset:
+        sizes = BertConfig.preset(options.preset, **changes)
+    else:
+        names = ("hidden_size", "depth", "num_heads", "mlp_dim")
+        sizes = BertConfig(**{name: options[name] for name in names}, **changes)
+    return Bert(sizes, dtype=dtype, rngs=rngs)

@@ -152,7 +152,7 @@ def test_round_trip_from_the_plain_base(kind, base, tmp_path):
     assert jax.tree.all(same)
 
 
-@pytest.mark.parametrize("kind", list(RULES))
+@pytest.mark.parametrize("kind", ["snnk_cos", "bottleneck", "lora", "vera"])
 def test_round_trip_into_an_adapted_model(kind, base, tmp_path):
     file = tmp_path / "a.safetensors"
     model = trained(kind, base)

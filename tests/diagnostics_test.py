@@ -373,6 +373,7 @@ def test_a_hopeless_layer_is_left():
     assert min(report.affine, report.random, report.calibrated) > 0.8
 
 
+@pytest.mark.slow
 def test_tolerance_moves_the_verdict():
     x, kernel, bias = make_layer(3.0, 4.0, num=1000, outputs=64)
     strict = layer_report("cos", x, kernel, bias, num_features=64, tolerance=1e-3)

@@ -171,7 +171,14 @@ def test_other_dtypes_are_casts(name, dtype):
 
 @pytest.mark.parametrize("name", projections.names())
 @pytest.mark.parametrize(
-    ("num", "dim"), [(1, 1), (4, 1), (1, 4), (3, 4), (4, 4), (5, 4), (13, 4)]
+    ("num", "dim"),
+    [
+        *[(1, 1), (1, 4), (5, 4), (13, 4)],
+        *(
+            pytest.param(n, d, marks=pytest.mark.slow)
+            for n, d in [(4, 1), (3, 4), (4, 4)]
+        ),
+    ],
 )
 def test_shapes(name, num, dim):
     omega = projections.draw(name, jax.random.key(0), num, dim)

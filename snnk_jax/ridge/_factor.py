@@ -15,6 +15,8 @@ import scipy.linalg
 blas: Any = scipy.linalg.blas
 lapack: Any = scipy.linalg.lapack
 
+_BLOCK = 8192
+
 
 @dataclasses.dataclass(frozen=True)
 class Cholesky:
@@ -147,14 +149,38 @@ def cholesky(gram: np.ndarray, penalty: float) -> Cholesky | None:
     top = largest(gram) + penalty
     diagonal = np.einsum("ii->i", gram)
     diagonal += penalty
-    lower, info = lapack.dpotrf(gram.T, lower=1, overwrite_a=1, clean=0)
-    if info:
+    lower = _lower(gram.T)
+    if lower is None:
         return None
     low = 1 / _power(lambda v: lapack.dpotrs(lower, v, lower=1)[0], len(lower))
     condition = float(top / low)
     if condition > 0.1 / (len(lower) * np.finfo(np.float64).eps):
         return None
     return Cholesky(lower, penalty, condition)
+
+
+def _lower(matrix: np.ndarray) -> np.ndarray | None:
+    """The Cholesky factor in the lower triangle of ``matrix``; None if there is none.
+
+    In blocks: OpenBLAS's dpotrf crashes the process with several threads at 16384.
+    """
+    num = len(matrix)
+    for start in range(0, num, _BLOCK):
+        own = slice(start, min(start + _BLOCK, num))
+        part = matrix[own, own]
+        factor, info = lapack.dpotrf(part, lower=1, overwrite_a=1, clean=0)
+        if info:
+            return None
+        matrix[own, own] = factor
+        if own.stop < num:
+            rows = matrix[own.stop :, own]
+            rows = blas.dtrsm(1.0, factor, rows, side=1, lower=1, trans_a=1)
+            matrix[own.stop :, own] = rows
+            for left in range(0, len(rows), _BLOCK):
+                columns = slice(own.stop + left, own.stop + left + _BLOCK)
+                change = rows[left:] @ rows[left : left + _BLOCK].T
+                matrix[columns.start :, columns] -= change
+    return matrix
 
 
 def eigen(gram: np.ndarray, penalty: float = 0.0) -> Eigen:

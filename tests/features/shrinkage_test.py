@@ -11,6 +11,11 @@ from snnk_jax.features import URF, Exponential
 WIDTH, FEATURES = 64, 512
 NAMES = ("gelu", "silu", "tanh", "sigmoid", "erf", "softplus", "cos")
 each_activation = pytest.mark.parametrize("name", NAMES)
+SOME = ("gelu", "tanh", "cos")  # smooth, saturating and periodic
+rest_slow = pytest.mark.parametrize(
+    "name",
+    [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in NAMES],
+)
 
 
 def make(name, kappa, **fields):
@@ -53,7 +58,7 @@ def random_rows(features, params, kernel, bias):
     return psi, np.cumsum(layout.counts)[:-1]
 
 
-@each_activation
+@rest_slow
 @pytest.mark.parametrize(
     "kappa", [1.0, *(pytest.param(k, marks=pytest.mark.slow) for k in (0.5, 2.0, 4.0))]
 )

@@ -52,7 +52,10 @@ def test_shards_do_not_matter(make_problem, devices, chunk_size, weighted):
     assert_same(again, ridge.update(expected, phi, y))
 
 
-@pytest.mark.parametrize("sizes", [(2, 4), (1, 8), (8, 1)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 4), *(pytest.param(s, marks=pytest.mark.slow) for s in [(1, 8), (8, 1)])],
+)
 @pytest.mark.parametrize("shift", [False, True])
 def test_gram_matrices_over_devices(make_problem, sizes, shift):
     problem = make_problem(n=400, m=6)

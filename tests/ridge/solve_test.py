@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 
 import snnk_jax as snnk
 from snnk_jax import ridge
+from snnk_jax.ridge import _factor
 
 
 def of(problem, rows=slice(None), weights=None):
@@ -102,6 +103,31 @@ def test_a_singular_matrix_is_solved_by_its_eigenvectors(make_problem):
     np.testing.assert_allclose(solution.kernel[:6], solution.kernel[6:], atol=1e-3)
     with pytest.raises(ValueError, match="positive definite .* Got 0.0"):
         ridge.solve(of(double), 0.0, method="cholesky")
+
+
+@pytest.mark.parametrize("block", [3, 7, 20, 40])
+def test_blocks_of_the_factor_do_not_matter(monkeypatch, block):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(60, 20))
+    gram = z.T @ z
+    monkeypatch.setattr(_factor, "_BLOCK", block)
+    found = _factor.cholesky(gram.copy(), 0.5)
+    whole = gram + 0.5 * np.eye(20)
+    np.testing.assert_allclose(np.tril(found.lower), np.linalg.cholesky(whole))
+    b = rng.normal(size=(20, 3))
+    np.testing.assert_allclose(found.solve(b), np.linalg.solve(whole, b))
+    # Not positive in the last block only.
+    gram[-1, -1] = -9.0
+    assert _factor.cholesky(gram, 0.5) is None
+
+
+@pytest.mark.slow
+def test_a_matrix_as_wide_as_openblas_crashes_at():
+    """It did with several threads, in the process that runs the test."""
+    gram = np.zeros((16384, 16384))
+    gram[np.diag_indices(16384)] = 2.0
+    found = _factor.cholesky(gram, 1.0)
+    np.testing.assert_allclose(found.solve(np.ones((16384, 1))), 1 / 3)
 
 
 def test_condition_numbers_are_those_of_the_matrix(make_problem):
