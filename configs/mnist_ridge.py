@@ -8,9 +8,9 @@ prediction.
     python -m experiments.main --config=configs/mnist_ridge.py \
         --config.data.dir=FOLDER_OF_IDX_FILES
 
-Expected with pooled patches: 98.2 % at 1024 features, 98.9 % at 4096, 99.1 % at 8192 (82
-seconds on 2 CPU cores); with dense ReLU features 96.7 % at 4096
-(``docs/closed_form.md``). ``:large`` adds 16384 features (99.1 %, 4 minutes, 11 GB).
+Expected with pooled patches: 98.2 % at 1024 features, 98.9 % at 4096, 99.1 % at 8192
+(82 seconds on 2 CPU cores); with dense ReLU features 96.7 % at 4096
+(``docs/closed_form.md``). ``:large`` adds 16384 features: 99.1 %, 4 minutes, 11 GB.
 
 ``:digits`` needs no files: scikit-learn's digits at numbers of features around the
 number of images, with a penalty selected by GCV and with one that is next to nothing,
