@@ -101,7 +101,7 @@ def _merged_linear(adapter: Any) -> nnx.Linear:
             f"Got {type(base).__name__}."
         )
     kernel, bias = _lora(adapter) if isinstance(adapter, nnx.LoRA) else adapter.merged()
-    # The base may be frozen elsewhere: it keeps its own arrays.
+    # The adapter still computes with its base: the two are compared.
     linear = nnx.clone(base)
     linear.kernel[...] = kernel
     if linear.bias is not None:

@@ -52,6 +52,24 @@ class Source:
     axes: tuple[int, ...] = ()
 
 
+def linear_sources(
+    ours: str, theirs: str, rows: int, columns: int
+) -> dict[str, Source]:
+    """A linear map of a Hugging Face checkpoint, stored as ``[out, in]``."""
+    return {
+        f"{ours}.kernel": Source(f"{theirs}.weight", (columns, rows), (1, 0)),
+        f"{ours}.bias": Source(f"{theirs}.bias", (columns,)),
+    }
+
+
+def norm_sources(ours: str, theirs: str, dim: int) -> dict[str, Source]:
+    """A LayerNorm of a Hugging Face checkpoint."""
+    return {
+        f"{ours}.scale": Source(f"{theirs}.weight", (dim,)),
+        f"{ours}.bias": Source(f"{theirs}.bias", (dim,)),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
     """What a checkpoint gave.
@@ -229,6 +247,13 @@ def open_checkpoint(
             )
         else:
             yield _tensors(stack.enter_context(open_safetensors(path, "weights")))
+
+
+def read_config_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads the ``config.json`` in a folder, or beside a file."""
+    folder = path if path.is_dir() else path.parent
+    what = "config.json beside the weights, or the argument config,"
+    return read_json(folder / "config.json", what)
 
 
 def read_json(path: pathlib.Path, what: str) -> dict[str, Any]:

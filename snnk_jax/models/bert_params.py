@@ -21,8 +21,10 @@ from snnk_jax.models._weights import (
     check_depth,
     check_overrides,
     fill,
+    linear_sources,
+    norm_sources,
     open_checkpoint,
-    read_json,
+    read_config_json,
     read_numbers,
 )
 from snnk_jax.models.bert import Bert, BertConfig
@@ -83,15 +85,16 @@ def load_bert(
             tensors, str(path), prefixes=("bert.",), renames=_RENAMES
         )
         if config is None:
-            folder = path if path.is_dir() else path.parent
-            config = _read_config(folder / "config.json")
+            config = _read_config(path)
         check_overrides(overrides, _FREE)
         config = dataclasses.replace(config, **overrides)
         check_depth(config.depth, checkpoint)
         sources = _sources(config)
         fresh: dict[str, tuple[int, ...]] = {}
         if config.head == "linear":
-            head = _linear("head", "classifier", config.hidden_size, config.num_outputs)
+            head = linear_sources(
+                "head", "classifier", config.hidden_size, config.num_outputs
+            )
             if checkpoint.shape("classifier.weight") == head["head.kernel"].shape:
                 sources |= head
             else:
@@ -111,7 +114,7 @@ def load_bert(
 def _sources(config: BertConfig) -> dict[str, Source]:
     """Where each parameter of the encoder stands."""
     d = config.hidden_size
-    sources = _norm("embeddings.norm", "embeddings.LayerNorm", d)
+    sources = norm_sources("embeddings.norm", "embeddings.LayerNorm", d)
     for ours, theirs, rows in (
         ("word", "word_embeddings", config.vocab_size),
         ("position", "position_embeddings", config.max_length),
@@ -122,43 +125,30 @@ def _sources(config: BertConfig) -> dict[str, Source]:
     for i in range(config.depth):
         block, layer = f"blocks.{i}", f"encoder.layer.{i}"
         for part in ("query", "key", "value"):
-            sources |= _linear(
+            sources |= linear_sources(
                 f"{block}.attention.{part}", f"{layer}.attention.self.{part}", d, d
             )
-        sources |= _linear(
+        sources |= linear_sources(
             f"{block}.attention.out", f"{layer}.attention.output.dense", d, d
         )
-        sources |= _norm(f"{block}.norm1", f"{layer}.attention.output.LayerNorm", d)
-        sources |= _linear(
+        sources |= norm_sources(
+            f"{block}.norm1", f"{layer}.attention.output.LayerNorm", d
+        )
+        sources |= linear_sources(
             f"{block}.mlp.fc1", f"{layer}.intermediate.dense", d, config.mlp_dim
         )
-        sources |= _linear(
+        sources |= linear_sources(
             f"{block}.mlp.fc2", f"{layer}.output.dense", config.mlp_dim, d
         )
-        sources |= _norm(f"{block}.norm2", f"{layer}.output.LayerNorm", d)
+        sources |= norm_sources(f"{block}.norm2", f"{layer}.output.LayerNorm", d)
     if config.pool == "pooler":
-        sources |= _linear("pooler.dense", "pooler.dense", d, d)
+        sources |= linear_sources("pooler.dense", "pooler.dense", d, d)
     return sources
 
 
-def _linear(ours: str, theirs: str, rows: int, columns: int) -> dict[str, Source]:
-    """A linear map; PyTorch stores it as ``[out, in]``."""
-    return {
-        f"{ours}.kernel": Source(f"{theirs}.weight", (columns, rows), (1, 0)),
-        f"{ours}.bias": Source(f"{theirs}.bias", (columns,)),
-    }
-
-
-def _norm(ours: str, theirs: str, dim: int) -> dict[str, Source]:
-    return {
-        f"{ours}.scale": Source(f"{theirs}.weight", (dim,)),
-        f"{ours}.bias": Source(f"{theirs}.bias", (dim,)),
-    }
-
-
 def _read_config(path: pathlib.Path) -> BertConfig:
-    """The sizes in a ``config.json``."""
-    stored = read_json(path, "config.json beside the weights, or the argument config,")
+    """The sizes in the ``config.json`` of a checkpoint."""
+    stored = read_config_json(path)
     check_architecture(
         stored,
         {

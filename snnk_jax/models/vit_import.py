@@ -28,8 +28,10 @@ from snnk_jax.models._weights import (
     check_depth,
     check_overrides,
     fill,
+    linear_sources,
+    norm_sources,
     open_checkpoint,
-    read_json,
+    read_config_json,
     read_numbers,
 )
 from snnk_jax.models.vit import ViT, ViTConfig, resize_position_embedding
@@ -43,8 +45,6 @@ _NPZ_RENAMES = {
     r"/MultiHeadDotProductAttention_0/": "/MultiHeadDotProductAttention_1/",
     r"/MlpBlock_0/": "/MlpBlock_3/",
 }
-
-
 # Fields that weights of any kind allow to change.
 _FREE = (
     *("image_size", "num_classes", "pool", "activation", "layer_norm_eps"),
@@ -117,8 +117,7 @@ def import_vit(
         elif npz:
             fields = _npz_sizes(checkpoint)
         else:
-            folder = path if path.is_dir() else path.parent
-            fields = _read_config(folder / "config.json")
+            fields = _read_config(path)
         check_overrides(overrides, _FREE)
         pool = "cls" if naming.cls in checkpoint else "mean"
         asked = overrides.get("pool", fields.get("pool", pool))
@@ -182,18 +181,6 @@ def _place_positions(
 def _hugging_face_sources(config: ViTConfig) -> dict[str, Source]:
     d, patch, channels = config.hidden_size, config.patch_size, config.channels
 
-    def linear(ours: str, theirs: str, rows: int, columns: int) -> dict[str, Source]:
-        return {
-            f"{ours}.kernel": Source(f"{theirs}.weight", (columns, rows), (1, 0)),
-            f"{ours}.bias": Source(f"{theirs}.bias", (columns,)),
-        }
-
-    def norm(ours: str, theirs: str) -> dict[str, Source]:
-        return {
-            f"{ours}.scale": Source(f"{theirs}.weight", (d,)),
-            f"{ours}.bias": Source(f"{theirs}.bias", (d,)),
-        }
-
     projection = "embeddings.patch_embeddings.projection"
     sources = {
         "patch_embed.kernel": Source(
@@ -210,17 +197,17 @@ def _hugging_face_sources(config: ViTConfig) -> dict[str, Source]:
         block, layer = f"blocks.{i}", f"encoder.layer.{i}"
         for part in ("query", "key", "value"):
             theirs = f"{layer}.attention.attention.{part}"
-            sources |= linear(f"{block}.attention.{part}", theirs, d, d)
+            sources |= linear_sources(f"{block}.attention.{part}", theirs, d, d)
         theirs = f"{layer}.attention.output.dense"
-        sources |= linear(f"{block}.attention.out", theirs, d, d)
-        sources |= norm(f"{block}.norm1", f"{layer}.layernorm_before")
-        sources |= norm(f"{block}.norm2", f"{layer}.layernorm_after")
+        sources |= linear_sources(f"{block}.attention.out", theirs, d, d)
+        sources |= norm_sources(f"{block}.norm1", f"{layer}.layernorm_before", d)
+        sources |= norm_sources(f"{block}.norm2", f"{layer}.layernorm_after", d)
         theirs = f"{layer}.intermediate.dense"
-        sources |= linear(f"{block}.mlp.fc1", theirs, d, config.mlp_dim)
+        sources |= linear_sources(f"{block}.mlp.fc1", theirs, d, config.mlp_dim)
         theirs = f"{layer}.output.dense"
-        sources |= linear(f"{block}.mlp.fc2", theirs, config.mlp_dim, d)
-    sources |= norm("norm", "layernorm")
-    return sources | linear("head", "classifier", d, config.num_classes)
+        sources |= linear_sources(f"{block}.mlp.fc2", theirs, config.mlp_dim, d)
+    sources |= norm_sources("norm", "layernorm", d)
+    return sources | linear_sources("head", "classifier", d, config.num_classes)
 
 
 def _npz_sources(config: ViTConfig) -> dict[str, Source]:
@@ -285,8 +272,8 @@ _NPZ = _Naming(
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    """The fields of :class:`ViTConfig` in a ``config.json``."""
-    stored = read_json(path, "config.json beside the weights, or the argument config,")
+    """The fields of :class:`ViTConfig` in the ``config.json`` of a checkpoint."""
+    stored = read_config_json(path)
     accepted = {"model_type": ("vit",), "hidden_act": tuple(HUGGING_FACE_GELUS)}
     check_architecture(stored, accepted | {"qkv_bias": (True,)})
     fields = read_numbers(
