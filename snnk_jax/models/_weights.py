@@ -246,7 +246,7 @@ def open_checkpoint(
                 f"{path}; convert it with safetensors.torch.save_file."
             )
         else:
-            yield _tensors(stack.enter_context(open_safetensors(path, "weights")))
+            yield safetensors_of(stack.enter_context(open_safetensors(path, "weights")))
 
 
 def read_config_json(path: pathlib.Path) -> dict[str, Any]:
@@ -349,7 +349,7 @@ def _open_folder(
 ) -> dict[str, Tensor]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
-        return _tensors(stack.enter_context(open_safetensors(whole, "weights")))
+        return safetensors_of(stack.enter_context(open_safetensors(whole, "weights")))
     if index.is_file():
         return _open_index(index, stack)
     held = sorted(p.name for p in folder.iterdir())
@@ -377,7 +377,7 @@ def _open_index(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Te
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         opened = open_safetensors(path.parent / file, "weights")
-        held = _tensors(stack.enter_context(opened))
+        held = safetensors_of(stack.enter_context(opened))
         listed = {name for name, place in places.items() if place == file}
         if held.keys() != listed:
             raise ValueError(
@@ -389,7 +389,9 @@ def _open_index(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Te
     return tensors
 
 
-def _tensors(file: Any) -> dict[str, Tensor]:
+def safetensors_of(file: Any) -> dict[str, Tensor]:
+    """The tensors of an open safetensors file."""
+
     def tensor(name: str) -> Tensor:
         part = file.get_slice(name)
         dtype = str(part.get_dtype())

@@ -6,6 +6,7 @@ it can be opened without knowing the sizes.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from flax import nnx
 from safetensors.numpy import save
 
 from snnk_jax._files import open_safetensors, write_atomic
+from snnk_jax.models._weights import Checkpoint, Source, fill, safetensors_of
 from snnk_jax.models.vit import ViT, ViTConfig, resize_position_embedding
 from snnk_jax.typing import Dtype
 
@@ -81,33 +83,38 @@ def load_vit(
     """
     with open_safetensors(path, "weights") as file:
         stored = _stored_config(file, path)
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    config = dataclasses.replace(stored, **overrides)
-    if config.num_classes != stored.num_classes:
-        arrays["head.kernel"] = np.zeros(
-            (config.hidden_size, config.num_classes), np.float32
-        )
-        arrays["head.bias"] = np.zeros((config.num_classes,), np.float32)
-    if config.grid != stored.grid and "position_embedding" in arrays:
-        arrays["position_embedding"] = np.asarray(
-            resize_position_embedding(
-                jnp.asarray(arrays["position_embedding"], jnp.float32),
-                stored.grid,
-                config.grid,
-            )
-        )
-    # Shapes only: the random initial weights are never computed.
-    model = nnx.eval_shape(
-        lambda: ViT(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+        config = dataclasses.replace(stored, **overrides)
+
+        def build(config: ViTConfig) -> ViT:
+            rngs = nnx.Rngs(0)
+            return ViT(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        # Shapes only: the random initial weights are never computed.
+        params = _named_params(nnx.eval_shape(lambda: build(stored)))
+        sources = {name: Source(name, v.shape) for name, v in params.items()}
+        fresh, ignore = {}, ""
+        if config.num_classes != stored.num_classes:
+            ignore = r"head\.(kernel|bias)"
+            shape = (config.hidden_size, config.num_classes)
+            fresh = {"head.kernel": shape, "head.bias": shape[1:]}
+        place = functools.partial(_resized, stored=stored, config=config)
+        return fill(
+            lambda: build(config),
+            {name: s for name, s in sources.items() if name not in fresh},
+            Checkpoint(safetensors_of(file), str(path)),
+            ignore=ignore,
+            fresh=fresh,
+            param_dtype=param_dtype,
+            change={"position_embedding": place},
+        )[0]
+
+
+def _resized(embedding: np.ndarray, stored: ViTConfig, config: ViTConfig) -> np.ndarray:
+    if config.grid == stored.grid:
+        return embedding
+    return np.asarray(
+        resize_position_embedding(jnp.asarray(embedding), stored.grid, config.grid)
     )
-    params = _named_params(model)
-    _check_names({k: v.shape for k, v in params.items()}, arrays, str(path))
-    graphdef, state = nnx.split(model)
-    flat = {
-        key: variable.replace(jnp.asarray(arrays[_name(key)], param_dtype))
-        for key, variable in nnx.to_flat_state(state)
-    }
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def read_config(path: str | os.PathLike[str]) -> ViTConfig:
@@ -143,24 +150,6 @@ def _stored_config(file: Any, path: str | os.PathLike[str]) -> ViTConfig:
             "weights' header must hold the sizes of a ViT as JSON. "
             f"Got {path}: {type(error).__name__}: {error}"
         ) from error
-
-
-def _check_names(
-    shapes: dict[str, tuple[int, ...]], arrays: dict[str, np.ndarray], where: str
-) -> None:
-    missing = sorted(shapes.keys() - arrays.keys())
-    unexpected = sorted(arrays.keys() - shapes.keys())
-    misshapen = [
-        f"{name} {arrays[name].shape} instead of {shapes[name]}"
-        for name in sorted(shapes.keys() & arrays.keys())
-        if arrays[name].shape != shapes[name]
-    ]
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            "weights must hold exactly the parameters of the model. "
-            f"Got {where} with missing {missing}, unexpected {unexpected}, "
-            f"misshapen {misshapen}."
-        )
 
 
 def _name(path: tuple[Any, ...]) -> str:

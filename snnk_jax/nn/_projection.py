@@ -1,5 +1,6 @@
 """Frozen randomness as a module, and a feature map with it."""
 
+import abc
 from typing import Any
 
 import jax
@@ -46,9 +47,9 @@ class Drawn(nnx.Module):
         self.key = RandomProjection(projections.key_words(key))
         self.calibrate(self.draw(key))
 
+    @abc.abstractmethod
     def draw(self, key: PRNGKeyArray) -> Params:
         """The values that a key stands for."""
-        raise NotImplementedError
 
     def calibrate(self, params: Params) -> None:
         """Takes other values, balanced ones say.
