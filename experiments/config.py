@@ -23,6 +23,9 @@ def base() -> ConfigDict:
             # Keys of experiments.tasks.METHODS, each trained in turn.
             "methods": ("linear_probe",),
             "seeds": (0,),
+            # Runs of a method that one program trains side by side; above 1 for small
+            # models on a GPU, without checkpoints on the way.
+            "together": 1,
             # Which split scores a run: "val" or "test".
             "eval_split": "test",
             # Return the best evaluation's parameters instead of the last step's.
@@ -63,6 +66,9 @@ def base() -> ConfigDict:
                 # The SNNK adapter whose readout is a product of two matrices.
                 "factored_features": 128,
                 "factored_rank": 8,
+                # A wide and a small one of that kind, on standardised inputs.
+                "wide_features": 512,
+                "small_rank": 4,
                 "projection": "orthogonal",
                 "bottleneck": 48,
                 "lora_rank": 8,
@@ -159,6 +165,7 @@ def _override(config: ConfigDict, dotted: str, value: Any) -> None:
 
 
 _POSITIVE = (
+    "together",
     "model.image_size",
     "model.patch_size",
     "model.hidden_size",
@@ -168,6 +175,8 @@ _POSITIVE = (
     "adapter.num_features",
     "adapter.factored_features",
     "adapter.factored_rank",
+    "adapter.wide_features",
+    "adapter.small_rank",
     "adapter.bottleneck",
     "adapter.lora_rank",
     "adapter.vera_rank",
@@ -210,6 +219,7 @@ def methods_of(config: ConfigDict) -> tuple[str, ...]:
 
 EXPERIMENTS = {
     "train": "runner",
+    "suite": "suite",
     "kernel_error": "kernel_error",
     "fit_ridge": "fit_ridge",
     "depth_error": "depth_error",
@@ -294,6 +304,13 @@ def check_training(config: ConfigDict) -> None:
                     f"config.optim.learning_rates.{method} must be positive. "
                     f"Got {rate}."
                 )
+    if config.together > 1 and (
+        config.keep_best or config.resume or config.export or config.log.eval_every
+    ):
+        raise ValueError(
+            "config.together must be 1 for runs with keep_best, resume, export or "
+            f"log.eval_every. Got {config.together}."
+        )
     if any(not rate > 0 for rate in config.sweep.learning_rates):
         raise ValueError(
             "config.sweep.learning_rates must be positive. "

@@ -23,6 +23,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "method": runs[0]["method"],
                 "title": runs[0]["title"],
                 "seeds": len(runs),
+                "scores": scores,
                 "mean": statistics.fmean(scores),
                 "low": min(scores),
                 "high": max(scores),
@@ -31,6 +32,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "head": runs[0]["counts"]["head"],
                 "projections": runs[0]["counts"]["projections"],
                 "bytes": runs[0]["adapter_bytes"],
+                "memory_bytes": runs[0]["memory_bytes"] // runs[0]["together"],
                 "step_ms": statistics.median(run["step_ms"] for run in runs),
                 "seconds": sum(run["seconds"] for run in runs),
             }
@@ -46,6 +48,7 @@ _HEADER = (
     "file, kB",
     "learning rate",
     "step, ms",
+    "memory, MB",
     "seconds",
 )
 
@@ -66,6 +69,7 @@ def markdown_table(table: Sequence[dict[str, Any]], metric: str = "accuracy") ->
                 f"{row['bytes'] / 1e3:.1f}",
                 f"{row['learning_rate']:g}",
                 f"{row['step_ms']:.0f}",
+                f"{row['memory_bytes'] / 1e6:.0f}",
                 f"{row['seconds']:.0f}",
             )
         )

@@ -6,7 +6,9 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,16 +16,38 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import snnk_jax as snnk
+from experiments import cohort, glue, report, summary, tasks, train
 from experiments import data as data_lib
-from experiments import glue, report, summary, tasks, train
 from experiments import sharding as sharding_lib
 from experiments.config import check_training as check
 from experiments.config import methods_of
 from experiments.metrics import write_json
+from snnk_jax._files import write_atomic
 from snnk_jax.models.vit_params import save_vit
 
 # Settings that choose which runs are done and how they are reported, not their result.
-_FREE = ("methods", "seeds", "sweep", "export", "resume", "log")
+_FREE = (
+    *("methods", "seeds", "sweep", "export", "resume", "log", "together"),
+    "optim.learning_rates",
+)
+
+
+_SAMPLES = 256
+"""Examples on which the scales of adapters' inputs are measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a method: what it varies, which split scores it, and its folder."""
+
+    learning_rate: float
+    seed: int
+    split: str
+    name: str
+
+
+Trained = tuple[Any, dict[str, Any]] | train.NonFiniteError
+"""A trained model and its result, or why there is none."""
 
 
 def recipe_for(
@@ -97,21 +121,27 @@ def run(
         config, dataset.num_classes, nnx.Rngs(params=config.seeds[0])
     )
 
-    def one(method: str, rate: float, seed: int, split: str, name: str) -> Any:
-        recipe = recipe_for(config, rate, seed, split)
-        return _run_one(config, base, dataset, mesh, method, recipe, workdir, name)
+    def several(method: str, runs: Sequence[Run]) -> list[Trained]:
+        return _run_several(config, base, dataset, mesh, method, runs, workdir)
 
-    rates = {name: config.optim.learning_rates.get(name) for name in methods_of(config)}
     if config.sweep.learning_rates:
-        rates = _sweep(config, one)
+        rates = _sweep(config, several)
         if chief:
             write_json(workdir / "sweep.json", rates)
+    else:
+        rates = config.optim.learning_rates
     results = []
     model = base
     for method in methods_of(config):
-        for seed in config.seeds:
-            name = f"{method}-lr{rates[method]:g}-seed{seed}"
-            model, result = one(method, rates[method], seed, config.eval_split, name)
+        rate = rates[method]
+        runs = [
+            Run(rate, seed, config.eval_split, f"{method}-lr{rate:g}-seed{seed}")
+            for seed in config.seeds
+        ]
+        for trained in several(method, runs):
+            if isinstance(trained, train.NonFiniteError):
+                raise trained
+            model, result = trained
             results.append(result)
     if chief:
         if config.export:
@@ -128,28 +158,50 @@ def run(
     return results
 
 
-def _sweep(config: ConfigDict, one: Any) -> dict[str, float]:
+def _sweep(config: ConfigDict, several: Any) -> dict[str, float]:
     """Picks each method's learning rate by the validation split, one seed each."""
     rates = {}
     for method in methods_of(config):
-        scores = []
-        for rate in config.sweep.learning_rates:
-            name = f"sweep/{method}-lr{rate:g}"
-            try:
-                _, result = one(method, rate, config.sweep.seed, "val", name)
-            except train.NonFiniteError as error:
-                print(f"{name} diverged: {error}", flush=True)
+        runs = [
+            Run(rate, config.sweep.seed, "val", f"sweep/{method}-lr{rate:g}")
+            for rate in config.sweep.learning_rates
+        ]
+        found = []
+        for run_, trained in zip(runs, several(method, runs), strict=True):
+            if isinstance(trained, train.NonFiniteError):
+                print(f"{run_.name} diverged: {trained}", flush=True)
                 continue
             # The lower loss decides between equal scores.
-            scores.append((result["score"], -result["loss"], rate))
-        if not scores:
+            _, result = trained
+            found.append((result["score"], -result["loss"], run_.learning_rate))
+        if not found:
             raise ValueError(
                 "sweep.learning_rates must hold a rate at which every method trains. "
                 f"Got {tuple(config.sweep.learning_rates)}, all diverged for {method}."
             )
-        rates[method] = max(scores)[-1]
+        rates[method] = max(found)[-1]
         print(f"{method}: learning rate {rates[method]:g}", flush=True)
     return rates
+
+
+def _run_several(
+    config: ConfigDict,
+    base: Any,
+    dataset: data_lib.Dataset,
+    mesh: jax.sharding.Mesh,
+    method: str,
+    runs: Sequence[Run],
+    root: pathlib.Path,
+) -> list[Trained]:
+    """Trains runs of a method, ``config.together`` at a time."""
+    shared = (config, base, dataset, mesh, method)
+    if config.together == 1:
+        return [_run_one(*shared, run_, root) for run_ in runs]
+    done: list[Trained] = []
+    for start in range(0, len(runs), config.together):
+        group = runs[start : start + config.together]
+        done += _run_together(*shared, group, root)
+    return done
 
 
 def _run_one(
@@ -158,49 +210,137 @@ def _run_one(
     dataset: data_lib.Dataset,
     mesh: jax.sharding.Mesh,
     method: str,
-    recipe: train.Recipe,
+    run_: Run,
     root: pathlib.Path,
-    name: str,
-) -> tuple[Any, dict[str, Any]]:
+) -> Trained:
     task = tasks.METHODS[method]
-    workdir = root / name
-    chief = jax.process_index() == 0
-    earlier = pathlib.Path(config.resume) / name
-    rngs = nnx.Rngs(params=recipe.seed, projection=recipe.seed)
-    model = task.adapt(base, config, rngs)
-    counts = summary.count(model, task.trainable)
-    if chief and not (workdir / "result.json").is_file():
-        print(f"\n{workdir.name}: {task.title}")
-        print(summary.parameter_table(model, task.trainable))
-        batch = data_lib.TrainLoader(dataset.train, recipe.batch_size, 0).batch(0)
-        cost = summary.cost(model, task.trainable, recipe, batch)
-        print(
-            f"{cost['flops'] / 1e9:.1f} GFLOP a step of {recipe.batch_size} examples; "
-            f"{cost['state_bytes'] / 1e6:.1f} MB of state, "
-            f"{cost['gradient_bytes'] / 1e6:.1f} MB of gradients, and activations",
-            flush=True,
+    workdir = root / run_.name
+    recipe = recipe_for(config, run_.learning_rate, run_.seed, run_.split)
+    earlier = pathlib.Path(config.resume) / run_.name
+    model = _adapt(config, base, dataset, task, run_.seed)
+    if jax.process_index() == 0 and not (workdir / "result.json").is_file():
+        _announce(workdir.name, task, model, recipe, dataset)
+    try:
+        trained, result = train.fit(
+            model,
+            task.trainable,
+            dataset,
+            recipe,
+            workdir,
+            mesh=mesh,
+            rules=config.mesh.rules,
+            name=workdir.name,
+            keep=config.log.keep,
+            keep_best=config.keep_best,
+            resume=earlier if config.resume and earlier.is_dir() else None,
         )
-    model, result = train.fit(
-        model,
-        task.trainable,
-        dataset,
-        recipe,
-        workdir,
-        mesh=mesh,
-        rules=config.mesh.rules,
-        name=workdir.name,
-        keep=config.log.keep,
-        keep_best=config.keep_best,
-        resume=earlier if config.resume and earlier.is_dir() else None,
+    except train.NonFiniteError as error:
+        return error
+    return trained, _finish(config, base, method, trained, result, workdir)
+
+
+def _run_together(
+    config: ConfigDict,
+    base: Any,
+    dataset: data_lib.Dataset,
+    mesh: jax.sharding.Mesh,
+    method: str,
+    runs: Sequence[Run],
+    root: pathlib.Path,
+) -> list[Trained]:
+    """Trains the runs in one program, unless all of them are done."""
+    task = tasks.METHODS[method]
+    folders = [root / run_.name for run_ in runs]
+    if all((folder / "summary.json").is_file() for folder in folders):
+        return [_read_summary(folder, base) for folder in folders]
+    models = [_adapt(config, base, dataset, task, run_.seed) for run_ in runs]
+    recipes = [
+        recipe_for(config, run_.learning_rate, run_.seed, run_.split) for run_ in runs
+    ]
+    _announce(f"{len(runs)} runs", task, models[0], recipes[0], dataset)
+    outcomes = cohort.fit(
+        models, task.trainable, dataset, recipes, mesh=mesh, name=runs[0].name
     )
+    done: list[Trained] = []
+    for folder, outcome in zip(folders, outcomes, strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in outcome.history)
+        write_atomic(folder / "metrics.jsonl", lines)
+        if outcome.result is None:
+            write_json(folder / "summary.json", {"diverged": True})
+            done.append(_read_summary(folder, base))
+            continue
+        result = _finish(
+            config, base, method, outcome.model, dict(outcome.result), folder
+        )
+        write_json(folder / "summary.json", result)
+        done.append((outcome.model, result))
+    return done
+
+
+def _read_summary(folder: pathlib.Path, base: Any) -> Trained:
+    """A finished run of :func:`_run_together`; its model is in its adapter file."""
+    result = json.loads((folder / "summary.json").read_text())
+    if result.get("diverged"):
+        return train.NonFiniteError(
+            f"loss and norms must stay finite. Got others in {folder.name}; try a "
+            "lower learning rate."
+        )
+    return base, result | {"workdir": str(folder)}
+
+
+def _adapt(
+    config: ConfigDict, base: Any, dataset: data_lib.Dataset, task: Any, seed: int
+) -> Any:
+    """The base model with a method's modules, which know their inputs' scales."""
+    model = task.adapt(base, config, nnx.Rngs(params=seed, projection=seed))
+    if not task.standardize:
+        return model
+    size = min(_SAMPLES, len(dataset.train))
+    # The same examples for all seeds: statistics are no part of a run's randomness.
+    batch = data_lib.TrainLoader(dataset.train, size, 0).batch(0)
+    return snnk.nn.standardize(
+        model, *train.model_inputs(batch), where=batch.get("mask")
+    )
+
+
+def _announce(
+    name: str,
+    task: Any,
+    model: Any,
+    recipe: train.Recipe,
+    dataset: data_lib.Dataset,
+) -> None:
+    print(f"\n{name}: {task.title}")
+    print(summary.parameter_table(model, task.trainable))
+    batch = data_lib.TrainLoader(dataset.train, recipe.batch_size, 0).batch(0)
+    cost = summary.cost(model, task.trainable, recipe, batch)
+    print(
+        f"{cost['flops'] / 1e9:.1f} GFLOP a step of {recipe.batch_size} examples; "
+        f"{cost['state_bytes'] / 1e6:.1f} MB of state, "
+        f"{cost['gradient_bytes'] / 1e6:.1f} MB of gradients, and activations",
+        flush=True,
+    )
+
+
+def _finish(
+    config: ConfigDict,
+    base: Any,
+    method: str,
+    model: Any,
+    result: dict[str, Any],
+    workdir: pathlib.Path,
+) -> dict[str, Any]:
+    """Completes a result and writes the adapter beside it."""
+    task = tasks.METHODS[method]
     result |= {
         "method": method,
         "title": task.title,
         "workdir": str(workdir),
-        "counts": dataclasses.asdict(counts),
+        "counts": dataclasses.asdict(summary.count(model, task.trainable)),
     }
     file = workdir / "adapter.safetensors"
-    if chief:
+    if jax.process_index() == 0:
         if not file.is_file():
             exclude = task.trained
             snnk.adapters.save_adapter(
@@ -212,11 +352,11 @@ def _run_one(
             )
         result["adapter_bytes"] = file.stat().st_size
         print(
-            f"{workdir.name}: {recipe.eval_split} {result['metric']} "
+            f"{workdir.name}: {result['split']} {result['metric']} "
             f"{100 * result['score']:.2f} %, {result['seconds']:.0f} s",
             flush=True,
         )
-    return model, result
+    return result
 
 
 def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -274,13 +414,15 @@ def _notes(config: ConfigDict) -> list[str]:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, devices and the commit, as written to ``env.json``."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=pathlib.Path(__file__).parent,
-    ).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=pathlib.Path(__file__).parent,
+        ).stdout.strip()
     devices = jax.devices()
     packages = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
     return {

@@ -29,12 +29,15 @@ class Method:
       trainable: NNX filter of the variables that learn.
       trained: regular expression for the trained paths that are not adapter
         parameters, for :func:`snnk_jax.adapters.save_adapter`.
+      standardize: whether adapters want to know the scales of their inputs, see
+        :func:`snnk_jax.nn.standardize`.
     """
 
     title: str
     rules: Callable[[ConfigDict, int], Rules]
     trainable: Any
     trained: str = "head/.*"
+    standardize: bool = False
 
     def adapt(self, model: Any, config: ConfigDict, rngs: nnx.Rngs) -> Any:
         """Returns a clone of the model with this method's modules in place."""
@@ -134,7 +137,7 @@ def _in_layer_norm(path: tuple[Any, ...], value: Any) -> bool:
 
 def _snnk(
     features: Callable[[ConfigDict], snnk.features.FeatureMap],
-    factored: bool = False,
+    rank: Callable[[ConfigDict], int] | None = None,
     path: str = HOULSBY_PLACES,
     parallel: bool = False,
     **fields: Any,
@@ -144,8 +147,8 @@ def _snnk(
             adapter = snnk.nn.SNNKAdapter(
                 dim,
                 features=features(config),
-                rank=config.adapter.factored_rank if factored else None,
-                modulate=not factored,
+                rank=rank(config) if rank else None,
+                modulate=rank is None,
                 dtype=_dtype(config),
                 rngs=rngs,
                 **fields,
@@ -162,6 +165,21 @@ def _factored_features(config: ConfigDict) -> snnk.features.FeatureMap:
         num_features=config.adapter.factored_features,
         projection=config.adapter.projection,
     )
+
+
+def _factored_rank(config: ConfigDict) -> int:
+    return config.adapter.factored_rank
+
+
+def _wide_features(config: ConfigDict) -> snnk.features.FeatureMap:
+    return snnk.features.ArcCosine(
+        num_features=config.adapter.wide_features,
+        projection=config.adapter.projection,
+    )
+
+
+def _small_rank(config: ConfigDict) -> int:
+    return config.adapter.small_rank
 
 
 def _projected(
@@ -238,7 +256,27 @@ METHODS: dict[str, Method] = {
     "snnk_relu": Method("SNNK adapter, ReLU", _snnk(_relu_features), _ADAPTER),
     "snnk_cos": Method("SNNK adapter, cosine", _snnk(_cos_features), _ADAPTER),
     "snnk_factored": Method(
-        "SNNK adapter, ReLU, factored", _snnk(_factored_features, True), _ADAPTER
+        "SNNK adapter, ReLU, factored",
+        _snnk(_factored_features, _factored_rank),
+        _ADAPTER,
+    ),
+    "snnk_standard": Method(
+        "SNNK adapter, ReLU, standardised",
+        _snnk(_relu_features, standardize=True),
+        _ADAPTER,
+        standardize=True,
+    ),
+    "snnk_wide": Method(
+        "SNNK adapter, ReLU, standardised, wide and factored",
+        _snnk(_wide_features, _factored_rank, standardize=True),
+        _ADAPTER,
+        standardize=True,
+    ),
+    "snnk_small": Method(
+        "SNNK adapter, ReLU, standardised, factored, small",
+        _snnk(_factored_features, _small_rank, standardize=True),
+        _ADAPTER,
+        standardize=True,
     ),
     "snnk_leaky": Method("SNNK adapter, leaky ReLU", _snnk(_leaky_features), _ADAPTER),
     "snnk_gaussian": Method(

@@ -283,6 +283,19 @@ def jit_train_step(
     )
 
 
+def peak_bytes(compiled: Any) -> int:
+    """Device memory of a compiled program: arguments, results and what is between.
+
+    0 where the backend does not tell.
+    """
+    found = compiled.memory_analysis()
+    if found is None:
+        return 0
+    shared = found.alias_size_in_bytes  # donated arguments hold results
+    outside = found.argument_size_in_bytes + found.output_size_in_bytes - shared
+    return int(outside + found.temp_size_in_bytes)
+
+
 def fit(
     model: nnx.Module,
     trainable: Any,
@@ -422,6 +435,8 @@ def fit(
     progress = Progress(name, start, recipe.steps, quiet=not chief)
     evaluation: dict[str, float] = {}
     step_seconds: list[float] = []
+    compiled: Any = None
+    memory = 0
     batches = data_lib.prefetch(
         lambda step: sharding_lib.place(loader.batch(step), batch_sharding),
         start,
@@ -432,7 +447,12 @@ def fit(
             last_good = start
             clock = time.monotonic()
             for step, batch in enumerate(batches, start + 1):
-                state, metrics = train_step(state, projections, frozen, batch)
+                if compiled is None:
+                    arguments = (state, projections, frozen, batch)
+                    compiled = train_step.lower(*arguments).compile()
+                    memory = peak_bytes(compiled)
+                    clock = time.monotonic()
+                state, metrics = compiled(state, projections, frozen, batch)
                 last = step == recipe.steps
                 stopping = stop_requested(step)
                 saving = last or stopping or _due(step, recipe.checkpoint_every)
@@ -492,6 +512,8 @@ def fit(
         "best": best,
         "seconds": seconds,
         "step_ms": 1e3 * float(np.median(step_seconds or [seconds / recipe.steps])),
+        "memory_bytes": memory,
+        "together": 1,
         "recipe": dataclasses.asdict(recipe),
     }
     if chief:

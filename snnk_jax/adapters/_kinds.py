@@ -98,6 +98,7 @@ def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
         "dim": adapter.dim,
         "features": _describe_features(adapter.projection.features),
         "normalize": adapter.normalize,
+        "standardize": adapter.standardize,
         "rank": adapter.rank,
         "modulate": adapter.modulate,
         "train_projection": adapter.projection.trainable,
@@ -107,11 +108,15 @@ def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
 
 def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
     names = ("normalize", "rank", "modulate", "train_projection", *_DTYPES)
+    # Files written before the field existed have no such adapters.
+    options = {name: spec[name] for name in names} | {
+        "standardize": spec.get("standardize", False)
+    }
     adapter = SNNKAdapter(
         spec["dim"],
         features=_build_features(spec["features"]),
         rngs=nnx.Rngs(0),
-        **{name: spec[name] for name in names},
+        **options,
     )
     return Adapted(base, adapter, parallel=spec["parallel"])
 

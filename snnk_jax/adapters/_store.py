@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from snnk_jax import projections
 from snnk_jax._files import hash_array, open_safetensors, write_atomic
 from snnk_jax.adapters._kinds import KINDS, describe
-from snnk_jax.nn import AdapterParam, Drawn, RandomProjection
+from snnk_jax.nn import AdapterParam, Drawn, InputStatistic, RandomProjection
 from snnk_jax.surgery import find_modules, path_name
 
 _FORMAT = "snnk_jax.adapter.1"
@@ -114,6 +114,8 @@ def save_adapter(
             f"model must have AdapterParam or parameters matching {trained!r}. "
             "Got none."
         )
+    for parts, variable in nnx.to_flat_state(nnx.state(model, InputStatistic)):
+        arrays[path_name(parts)] = np.asarray(variable[...])
     drawn = {}
     for name, projection in find_modules(model).items():
         if isinstance(projection, Drawn):
@@ -184,7 +186,7 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
     needed = {
         name
         for name, parts in names.items()
-        if isinstance(flat[parts], AdapterParam | RandomProjection)
+        if isinstance(flat[parts], AdapterParam | RandomProjection | InputStatistic)
     }
     shapes = {name: flat[names[name]].shape for name in arrays if name in names}
     missing = sorted(needed - arrays.keys())

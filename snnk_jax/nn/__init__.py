@@ -17,5 +17,7 @@ from snnk_jax.nn._projection import Projection as Projection
 from snnk_jax.nn._projection import redraw as redraw
 from snnk_jax.nn._report import ModelReport as ModelReport
 from snnk_jax.nn._report import model_report as model_report
+from snnk_jax.nn._standardize import standardize as standardize
 from snnk_jax.nn._variables import AdapterParam as AdapterParam
+from snnk_jax.nn._variables import InputStatistic as InputStatistic
 from snnk_jax.nn._variables import RandomProjection as RandomProjection

@@ -10,7 +10,7 @@ from snnk_jax import activations
 from snnk_jax.features import FeatureMap
 from snnk_jax.features._base import accumulation_dtype
 from snnk_jax.nn._projection import Projection, projection_key
-from snnk_jax.nn._variables import AdapterParam
+from snnk_jax.nn._variables import AdapterParam, InputStatistic
 from snnk_jax.ops import contract
 from snnk_jax.typing import Array, Dtype, Float
 
@@ -84,6 +84,10 @@ class SNNKAdapter(nnx.Module):
       normalize: map :math:`\hat x` instead of x. Hidden states have norms around
         :math:`\sqrt d`, at which exponential features overflow and the step size of
         every layer would differ.
+      standardize: map :math:`(x - \mu) / \sigma` instead of x, both of each coordinate
+        and measured by :func:`standardize`; 0 and 1 until then. A coordinate that is
+        far larger than the others, as the last blocks of encoders have some, would
+        otherwise decide every feature.
       rank: k; None trains a full readout.
       modulate: train v; without it v is one.
       train_projection: train the parameters of the feature map as well.
@@ -114,6 +118,7 @@ class SNNKAdapter(nnx.Module):
         *,
         features: FeatureMap,
         normalize: bool = True,
+        standardize: bool = False,
         rank: int | None = None,
         modulate: bool = True,
         train_projection: bool = False,
@@ -126,6 +131,7 @@ class SNNKAdapter(nnx.Module):
         self.dim = dim
         self.rank = rank
         self.normalize = normalize
+        self.standardize = standardize
         self.modulate = modulate
         self.dtype = dtype
         self.param_dtype = param_dtype
@@ -147,10 +153,19 @@ class SNNKAdapter(nnx.Module):
         self.up = up
         modulation = jnp.ones((dim,), param_dtype)
         self.modulation = AdapterParam(modulation) if modulate else None
+        statistics = (jnp.zeros, jnp.ones) if standardize else ()
+        self.statistics = nnx.List(
+            [InputStatistic(make((dim,), param_dtype)) for make in statistics]
+        )
 
     def delta(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """What the adapter adds."""
-        z = x if self.dtype is None else x.astype(self.dtype)
+        z = x
+        if self.standardize:
+            shape = (1,) * (x.ndim - 1) + (self.dim,)
+            mean, deviation = (v[...].reshape(shape) for v in self.statistics)
+            z = (x.astype(mean.dtype) - mean) / deviation
+        z = z.astype(x.dtype if self.dtype is None else self.dtype)
         if self.normalize:
             z = _unit(z)
         precision = self.projection.features.precision

@@ -1,0 +1,123 @@
+"""Runs trained side by side are the runs that would be trained alone."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import cohort, glue, load_config, runner, tasks, train
+from experiments.metrics import read_jsonl
+
+RECIPE = train.Recipe(
+    learning_rate=1e-2, steps=6, batch_size=16, seed=0, log_every=2, warmup_steps=1
+)
+
+
+def quick(**changes):
+    return load_config("configs/bert_adapter.py:quicktest", changes)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return glue.load("synthetic_text", directory="", tokenizer="", length=12)
+
+
+def adapted(seed, method="snnk_relu", dropout=0.1):
+    config = quick(**{"model.dropout_rate": dropout})
+    base = tasks.build_model(config, 2, nnx.Rngs(params=0))
+    return tasks.METHODS[method].adapt(
+        base, config, nnx.Rngs(params=seed, projection=seed)
+    )
+
+
+def test_each_run_is_the_run_alone(dataset, mesh, tmp_path):
+    recipes = [
+        RECIPE,
+        dataclasses.replace(RECIPE, seed=1),
+        dataclasses.replace(RECIPE, seed=1, learning_rate=1e-3),
+    ]
+    models = [adapted(recipe.seed) for recipe in recipes]
+    trainable = tasks.METHODS["snnk_relu"].trainable
+    outcomes = cohort.fit(models, trainable, dataset, recipes, mesh=mesh)
+    alone, expected = train.fit(
+        models[1],
+        trainable,
+        dataset,
+        recipes[1],
+        tmp_path,
+        mesh=mesh,
+        rules=((".*", "replicate"),),
+    )
+    result = outcomes[1].result
+    assert result["recipe"] == expected["recipe"]
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert result["together"] == 3
+    assert result["memory_bytes"] > 0 < expected["memory_bytes"]
+    for one, other in zip(
+        jax.tree.leaves(nnx.state(outcomes[1].model)),
+        jax.tree.leaves(nnx.state(alone)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in outcomes[1].history] == [r["step"] for r in rows]
+    assert outcomes[1].history[0]["train/loss"] == pytest.approx(
+        rows[0]["train/loss"], rel=1e-4
+    )
+    # Neither the seed nor the rate is the first run's.
+    losses = [outcome.result["loss"] for outcome in outcomes]
+    assert len({round(loss, 5) for loss in losses}) == 3
+
+
+def test_a_diverging_run_does_not_take_the_others_along(dataset, mesh):
+    recipes = [RECIPE, dataclasses.replace(RECIPE, learning_rate=1e38)]
+    models = [adapted(0, "full"), adapted(0, "full")]
+    good, bad = cohort.fit(models, nnx.Param, dataset, recipes, mesh=mesh)
+    assert np.isfinite(good.result["loss"])
+    assert bad.result is None
+
+
+def test_refusals(dataset, mesh):
+    other = dataclasses.replace(RECIPE, steps=7)
+    models = [adapted(0), adapted(0)]
+    with pytest.raises(ValueError, match="differ in seed and learning rate alone"):
+        cohort.fit(models, nnx.Param, dataset, [RECIPE, other], mesh=mesh)
+    wrong = dataclasses.replace(RECIPE, batch_size=12)
+    with pytest.raises(ValueError, match="mesh axis 'data'"):
+        cohort.fit(models, nnx.Param, dataset, [wrong, wrong], mesh=mesh)
+    with pytest.raises(ValueError, match="same frozen arrays"):
+        cohort.fit(
+            [adapted(0), _shifted(adapted(0))],
+            tasks.METHODS["snnk_relu"].trainable,
+            dataset,
+            [RECIPE, RECIPE],
+            mesh=mesh,
+        )
+
+
+def _shifted(model):
+    for _, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        variable[...] = variable[...] + 1
+    return nnx.clone(model)
+
+
+def test_the_runner_trains_together_and_repeats_nothing(tmp_path, capsys):
+    changes = {
+        "together": 2,
+        "seeds": (0, 1, 2),
+        "methods": ("snnk_standard",),
+        "sweep.learning_rates": (1e-3, 1e-2),
+    }
+    first = runner.run(quick(**changes), tmp_path)
+    assert [result["recipe"]["seed"] for result in first] == [0, 1, 2]
+    assert [result["together"] for result in first] == [2, 2, 1]
+    capsys.readouterr()
+    again = runner.run(quick(**changes), tmp_path)
+    assert "GFLOP" not in capsys.readouterr().out
+    assert [r["score"] for r in again] == [r["score"] for r in first]
+    for result in first:
+        assert (pathlib.Path(result["workdir"]) / "adapter.safetensors").is_file()
+    assert "curves.png" in (tmp_path / "report.md").read_text()
