@@ -117,7 +117,7 @@ def get_config(arg: str = "mrpc") -> ConfigDict:
         config.sweep.learning_rates = _GRID
     if task == "suite":
         config.experiment = "suite"
-        config.tasks = ConfigDict({name: _suite_task(name, reduced) for name in _SUITE})
+        config.tasks = ConfigDict({n: _suite_task(n, reduced) for n in _SUITE})
     if task == "quicktest":
         config.methods = ("houlsby", "snnk_relu")
         config.seeds = (0,)

@@ -16,6 +16,11 @@ from experiments import plots, report, runner
 from experiments.metrics import write_json
 
 
+def order(config: ConfigDict) -> list[str]:
+    """Names of the tasks: first those that choose learning rates of their own."""
+    return sorted(config.tasks, key=lambda name: config.tasks[name].rates_of != name)
+
+
 def task_config(config: ConfigDict, task: str) -> ConfigDict:
     """The config of one task: the suite's, with what the task changes."""
     changed = ConfigDict(config.to_dict())
@@ -49,7 +54,8 @@ def run(
     workdir = pathlib.Path(workdir)
     environment = runner.open_workdir(workdir, config)
     results: dict[str, list[dict[str, Any]]] = {}
-    for task, own in config.tasks.items():
+    for task in order(config):
+        own = config.tasks[task]
         changed = task_config(config, task)
         if own.rates_of != task:
             rates = {
@@ -126,9 +132,9 @@ def markdown_table(table: Sequence[dict[str, Any]], metrics: Mapping[str, str]) 
 
 def _notes(config: ConfigDict) -> str:
     tasks = "; ".join(
-        f"{name}: {own.steps} steps, {own.length} tokens, learning rates of "
-        f"{own.rates_of}"
-        for name, own in config.tasks.items()
+        f"{name}: {config.tasks[name].steps} steps, {config.tasks[name].length} "
+        f"tokens, learning rates of {config.tasks[name].rates_of}"
+        for name in order(config)
     )
     rates = ", ".join(f"{rate:g}" for rate in config.sweep.learning_rates)
     size = config.data.train_size
@@ -148,12 +154,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError("config.tasks must not be empty.")
     if not config.sweep.learning_rates:
         raise ValueError("config.sweep.learning_rates must not be empty for a suite.")
-    before: list[str] = []
     for task, own in config.tasks.items():
-        before.append(task)
-        if own.rates_of not in before:
+        source = config.tasks.get(own.rates_of)
+        if source is None or source.rates_of != own.rates_of:
             raise ValueError(
-                f"config.tasks.{task}.rates_of must be the task or one before it. "
-                f"Got {own.rates_of!r}."
+                f"config.tasks.{task}.rates_of must be the task, or one that chooses "
+                f"its own learning rates. Got {own.rates_of!r}."
             )
         runner.check(task_config(config, task))
