@@ -14,7 +14,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -122,7 +122,7 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def model_inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+def model_inputs(batch: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a model is called with: images in [-1, 1], or ids, types and mask."""
     if "image" in batch:
         return (normalise(batch["image"]),)
