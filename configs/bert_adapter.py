@@ -26,8 +26,10 @@ Another BERT: ``--config.model.weights=FOLDER --config.model.pool=pooler``, a Hu
 Face folder.
 
 Without ``reduced`` all examples are taken, 5 seeds, which one program trains side by
-side in bfloat16: for a GPU. ``:suite`` has been run so on one H100, docs/results.md;
-``--config.methods=a,b`` in several processes with one workdir shares it out.
+side in bfloat16: for a GPU. Several processes may share a workdir, each with methods of
+its own, ``--config.methods=a,b``; run once more with all of them for the table. Neither
+protocol has been run as a whole yet; the learning rates below are first guesses, which
+the suite does not use.
 """
 
 from ml_collections import ConfigDict
