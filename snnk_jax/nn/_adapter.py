@@ -158,8 +158,8 @@ class SNNKAdapter(nnx.Module):
             [InputStatistic(make((dim,), param_dtype)) for make in statistics]
         )
 
-    def delta(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """What the adapter adds."""
+    def phi(self, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
+        """The features of its inputs, scaled as the adapter scales them."""
         z = x
         if self.standardize:
             shape = (1,) * (x.ndim - 1) + (self.dim,)
@@ -168,8 +168,12 @@ class SNNKAdapter(nnx.Module):
         z = z.astype(x.dtype if self.dtype is None else self.dtype)
         if self.normalize:
             z = _unit(z)
+        return self.projection(z)
+
+    def delta(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """What the adapter adds."""
         precision = self.projection.features.precision
-        y = contract(self.projection(z), self.readout[...], precision=precision)
+        y = contract(self.phi(x), self.readout[...], precision=precision)
         if self.up is not None:
             y = contract(y, self.up[...], precision=precision)
         if self.modulation is not None:
