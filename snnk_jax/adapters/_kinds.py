@@ -1,9 +1,12 @@
 """What an adapter file may rebuild: kinds of adapters, described by names and numbers.
 
-The values come from the file's arrays, so the builders draw from a fixed stream.
+The values come from the file's arrays. Modules that stand on their own are built as
+shapes alone, those that read the weights around which they stand from a fixed stream.
 """
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -105,15 +108,38 @@ def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
     }
 
 
-def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
+def _shapes_of(build: Callable[[dict[str, Any]], nnx.Module]) -> Any:
+    """Builds one module of each spec as shapes, and returns copies of it.
+
+    A file holds dozens of adapters with the same settings. Drawing each of them only to
+    overwrite it takes most of the time of a load.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def shapes(spec: str) -> nnx.Module:
+        return nnx.eval_shape(lambda: build(json.loads(spec)))
+
+    return lambda spec: nnx.clone(shapes(json.dumps(spec, sort_keys=True)))
+
+
+@_shapes_of
+def _snnk_shapes(spec: dict[str, Any]) -> nnx.Module:
     names = ("normalize", "rank", "modulate", "train_projection", *_DTYPES)
-    adapter = SNNKAdapter(
+    return SNNKAdapter(
         spec["dim"],
         features=_build_features(spec["features"]),
         rngs=nnx.Rngs(0),
         **{name: spec[name] for name in names},
     )
-    return Adapted(base, adapter, parallel=spec["parallel"])
+
+
+def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return Adapted(base, _snnk_shapes(_own(spec)), parallel=spec["parallel"])
+
+
+def _own(spec: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an adapter without its place."""
+    return {k: v for k, v in spec.items() if k not in ("at", "parallel")}
 
 
 def _describe_bottleneck(adapter: BottleneckAdapter) -> dict[str, Any]:
@@ -126,12 +152,16 @@ def _describe_bottleneck(adapter: BottleneckAdapter) -> dict[str, Any]:
     }
 
 
-def _build_bottleneck(base: Any, spec: dict[str, Any]) -> nnx.Module:
+@_shapes_of
+def _bottleneck_shapes(spec: dict[str, Any]) -> nnx.Module:
     options = {name: spec[name] for name in ("activation", "scale", *_DTYPES)}
-    adapter = BottleneckAdapter(
+    return BottleneckAdapter(
         spec["dim"], spec["bottleneck"], rngs=nnx.Rngs(0), **options
     )
-    return Adapted(base, adapter, parallel=spec["parallel"])
+
+
+def _build_bottleneck(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return Adapted(base, _bottleneck_shapes(_own(spec)), parallel=spec["parallel"])
 
 
 def _describe_lora(adapter: nnx.LoRA) -> dict[str, Any]:
