@@ -19,8 +19,12 @@ from snnk_jax.nn import (
     AdapterParam,
     BottleneckAdapter,
     DoRA,
+    MergedPooler,
     Scaled,
     SNNKAdapter,
+    SNNKDense,
+    SNNKMlp,
+    SNNKPooler,
     VeRA,
 )
 
@@ -33,15 +37,20 @@ class Kind:
       cls: its class.
       describe: its settings, as what JSON can hold.
       build: puts one of these settings around a base module.
+      replaces: whether it stands in the place of the base module, which is gone.
     """
 
     cls: type
     describe: Callable[[Any], dict[str, Any]]
     build: Callable[[Any, dict[str, Any]], nnx.Module]
+    replaces: bool = False
 
 
 def describe(module: nnx.Module) -> dict[str, Any] | None:
-    """The kind and the settings of the adapter around a module; None for others."""
+    """The kind and the settings of an adapter or a replacement; None for others."""
+    for name, kind in KINDS.items():
+        if kind.replaces and type(module) is kind.cls:
+            return {"kind": name} | kind.describe(module)
     if getattr(module, "base_module", None) is None:
         return None
     adapter = module.adapter if isinstance(module, Adapted) else module
@@ -208,7 +217,36 @@ def _build_scaled(base: Any, spec: dict[str, Any]) -> nnx.Module:
     return Scaled(base, spec["where"], param_dtype=spec["param_dtype"])
 
 
+def _describe_dense(layer: SNNKDense) -> dict[str, Any]:
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "features": _describe_features(layer.projection.features),
+        "use_bias": layer.bias is not None,
+        "dtype": None if layer.dtype is None else jnp.dtype(layer.dtype).name,
+        "param_dtype": jnp.dtype(layer.readout.dtype).name,
+    }
+
+
+@_shapes_of
+def _dense_shapes(spec: dict[str, Any]) -> nnx.Module:
+    return _DENSE[spec["kind"]](
+        spec["in_features"],
+        spec["out_features"],
+        features=_build_features(spec["features"]),
+        use_bias=spec["use_bias"],
+        dtype=spec["dtype"],
+        param_dtype=spec["param_dtype"],
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _build_dense(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return _dense_shapes(_own(spec))
+
+
 _DTYPES = ("dtype", "param_dtype")
+_DENSE = {"SNNKDense": SNNKDense, "SNNKMlp": SNNKMlp, "SNNKPooler": SNNKPooler}
 
 KINDS: dict[str, Kind] = {
     "SNNKAdapter": Kind(SNNKAdapter, _describe_snnk, _build_snnk),
@@ -219,4 +257,11 @@ KINDS: dict[str, Kind] = {
     "DoRA": Kind(DoRA, _describe_ranked, _build_dora),
     "VeRA": Kind(VeRA, _describe_ranked, _build_vera),
     "Scaled": Kind(Scaled, _describe_scaled, _build_scaled),
+    **{
+        name: Kind(cls, _describe_dense, _build_dense, replaces=True)
+        for name, cls in _DENSE.items()
+    },
+    "MergedPooler": Kind(
+        MergedPooler, lambda module: {}, lambda base, spec: MergedPooler(), True
+    ),
 }

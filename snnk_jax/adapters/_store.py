@@ -1,10 +1,11 @@
 r"""Adapter files: small, hashed, refusing the wrong base.
 
 A file is one safetensors file. It holds the trained arrays under their paths, and in
-its header a JSON record: the adapter modules and where they stand, the random
-projections (the key and the name of the pinned generator, or the values where they
-are not what the key draws), the fingerprint of the base model, and a SHA-256 over all
-of it. Nothing in it is executed.
+its header a JSON record: the adapter modules and where they stand, modules that stand
+in place of one of the base (an SNNK pooler, a merged head), the random projections
+(the key and the name of the pinned generator, or the values where they are not what
+the key draws), the fingerprint of the base model, and a SHA-256 over all of it.
+Nothing in it is executed.
 """
 
 import hashlib
@@ -76,8 +77,11 @@ def save_adapter(
       base_fingerprint: :func:`fingerprint` of the base model, taken before training.
       trained: regular expression for the paths of parameters besides
         :class:`~snnk_jax.nn.AdapterParam` that were trained and belong to the file:
-        the head, or the biases for BitFit.
-      exclude: what ``base_fingerprint`` leaves out.
+        the head, or the biases for BitFit. Those of an
+        :class:`~snnk_jax.nn.SNNKPooler` or another :class:`~snnk_jax.nn.SNNKDense` in
+        place of a module of the base always do.
+      exclude: what ``base_fingerprint`` leaves out: with a replaced pooler
+        ``"(pooler|head)/.*"``.
       metadata: strings of your own, returned by :func:`read_metadata`.
 
     Returns:
@@ -105,9 +109,14 @@ def save_adapter(
       >>> loaded = snnk.adapters.load_adapter(file, base)
     """
     arrays = {}
+    modules = _describe_modules(model)
+    replaced = tuple(f"{m['at']}/" for m in modules if KINDS[m["kind"]].replaces)
     for parts, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = path_name(parts)
-        if isinstance(variable, AdapterParam) or re.fullmatch(trained, name):
+        own = isinstance(variable, AdapterParam) or _base_name(name).startswith(
+            replaced
+        )
+        if own or re.fullmatch(trained, name):
             arrays[name] = np.asarray(variable[...])
     if not arrays:
         raise ValueError(
@@ -130,7 +139,7 @@ def save_adapter(
             raise ValueError(f"{name} must be finite to be saved.")
     record = {
         "format": _FORMAT,
-        "modules": _describe_modules(model),
+        "modules": modules,
         "projections": drawn,
         "generator": projections.GENERATOR,
         "base": {"fingerprint": base_fingerprint, "exclude": exclude},
@@ -185,6 +194,7 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
         name
         for name, parts in names.items()
         if isinstance(flat[parts], AdapterParam | RandomProjection)
+        or isinstance(flat[parts].get_value(), jax.ShapeDtypeStruct)
     }
     shapes = {name: flat[names[name]].shape for name in arrays if name in names}
     missing = sorted(needed - arrays.keys())
@@ -332,14 +342,14 @@ def _refuse(value: Any) -> None:
 
 
 def _describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
-    """The adapters that stand around a base module, outer ones first.
+    """The adapters around a base module and the replacements of one, outer ones first.
 
     ``at`` is the place in the base model. An adapter of a kind that is not listed is
     left out: such a file loads into a model that has the adapter already.
     """
     described = []
     for name, module in find_modules(model).items():
-        spec = describe(module)
+        spec = describe(module) if name else None
         if spec is not None:
             json.dumps(spec, default=_refuse)
             described.append({"at": _base_name(name)} | spec)
@@ -359,9 +369,13 @@ def _rebuild_modules(model: nnx.Module, specs: list[dict[str, Any]]) -> Any:
             f"adapter kinds must be among {', '.join(KINDS)}. Got {unknown}."
         )
 
+    inner_first: dict[str, list[dict[str, Any]]] = {}
+    for spec in reversed(specs):
+        inner_first.setdefault(spec["at"], []).append(spec)
+
     def build(parts: tuple[Any, ...], node: Any) -> Any:
-        for spec in reversed(specs):
-            if spec["at"] == path_name(parts) and isinstance(node, nnx.Module):
+        if isinstance(node, nnx.Module):
+            for spec in inner_first.get(path_name(parts), ()):
                 node = KINDS[spec["kind"]].build(node, spec)
         return node
 

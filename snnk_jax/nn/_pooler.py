@@ -1,4 +1,4 @@
-"""The pooler of a pretrained encoder as a feature map, alone or merged with the head."""
+"""The pooler of a pretrained encoder as an SNNK, alone or merged with the head."""
 
 import re
 from typing import Any, Literal
@@ -63,10 +63,11 @@ class SNNKPooler(SNNKDense):
           linear: attribute of ``pooler`` that holds its ``nnx.Linear``.
           init: where the readout comes from. ``"psi"``: :math:`\Psi(W, b)` of the
             weights, unbiased for the function of the map, which is the pooler's for
-            ``URF(activation="tanh")``, whose Fourier series carries the bias (and whose
-            linear part takes 1 + d of its columns), and a proxy for others. ``"samples"``: ridge regression of ``pooler(x)`` on the
-            features, with an intercept (:func:`snnk_jax.calibration.fit_linear`),
-            biased and far more accurate. ``"random"``: sizes alone are taken.
+            ``URF(activation="tanh")`` (its Fourier series carries the bias, and its
+            linear part takes 1 + d of the columns) and a proxy for others.
+            ``"samples"``: ridge regression of ``pooler(x)`` on the features, with an
+            intercept (:func:`snnk_jax.calibration.fit_linear`), biased and far more
+            accurate. ``"random"``: sizes alone are taken.
           x: sample inputs of the pooler. Exponential-type maps are balanced to them
             (:func:`snnk_jax.calibration.balance`), which BERT's hidden states, of norm
             :math:`\sqrt d`, need.
@@ -114,7 +115,8 @@ class SNNKPooler(SNNKDense):
         if init == "psi":
             layer.readout[...] = features.psi(layer.projection.params, kernel, bias)
             return layer
-        assert x is not None and layer.bias is not None
+        assert x is not None
+        assert layer.bias is not None
         module: Any = pooler
         targets = jnp.tanh(dense(x)) if module is dense else module(x)
         phi = layer.projection(x)
