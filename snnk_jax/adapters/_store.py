@@ -164,6 +164,7 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
       base_model: the plain base model, into which the adapters are put; or a model
         that has adapters of the same structure already (after
         :func:`snnk_jax.swap_modules` with the same rules), whose values are replaced.
+        Its head may have another number of outputs; the model has that of the file.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -185,25 +186,30 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
     model = nnx.clone(base_model)
     if not jax.tree.leaves(nnx.state(model, AdapterParam)):
         model = _rebuild_modules(model, record["modules"])
-    model = _make_room(model, arrays)
-    arrays = arrays | _draw(model, record)
+    model = _make_room(model, arrays, base["exclude"])
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     names = {path_name(parts): parts for parts in flat}
+    misshapen = [
+        f"{name} {arrays[name].shape} instead of {flat[names[name]].shape}"
+        for name in sorted(arrays.keys() & names.keys())
+        if arrays[name].shape != flat[names[name]].shape
+    ]
+    # Not before the sizes are known to be those of the stored arrays.
+    arrays = arrays | ({} if misshapen else _draw(model, record))
     needed = {
         name
         for name, parts in names.items()
         if isinstance(flat[parts], AdapterParam | RandomProjection)
         or isinstance(flat[parts].get_value(), jax.ShapeDtypeStruct)
     }
-    shapes = {name: flat[names[name]].shape for name in arrays if name in names}
-    missing = sorted(needed - arrays.keys())
+    drawn = {
+        f"{place}/{leaf}"
+        for place, draw in record["projections"].items()
+        for leaf in ("key", *(f"values/{name}" for name in draw["probes"]))
+    }
+    missing = sorted(needed - arrays.keys() - drawn)
     unexpected = sorted(arrays.keys() - names.keys())
-    misshapen = [
-        f"{name} {arrays[name].shape} instead of {shape}"
-        for name, shape in sorted(shapes.items())
-        if arrays[name].shape != shape
-    ]
     if missing or unexpected or misshapen:
         raise ValueError(
             "base_model must have the places and shapes of the adapter file. Got "
@@ -233,10 +239,9 @@ def _read(
             f"adapter must be a file of save_adapter. Got {path}: "
             f"{type(error).__name__} {error}."
         ) from error
-    if record.get("format") != _FORMAT:
-        raise ValueError(
-            f"adapter must have format {_FORMAT}. Got {record.get('format')!r}."
-        )
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        found = record.get("format") if isinstance(record, dict) else record
+        raise ValueError(f"adapter must have format {_FORMAT}. Got {found!r}.")
     checksum = _checksum(record, arrays)
     if header.get("sha256") != checksum:
         raise ValueError(
@@ -283,13 +288,26 @@ def _draw_values(projection: Drawn, words: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in values.items()}
 
 
-def _make_room(model: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """Gives projections with stored values the leaves of the file.
+def _make_room(model: Any, arrays: dict[str, np.ndarray], exclude: str) -> Any:
+    """Gives modules of a clone the leaves and the sizes of the file.
 
-    Calibrated ones have others than the map draws.
+    Calibrated projections have other leaves than the map draws, and a head, which
+    belongs to the task, as many outputs as the task.
     """
 
     def visit(parts: tuple[Any, ...], node: Any) -> Any:
+        if isinstance(node, nnx.Linear):
+            name = f"{path_name(parts)}/kernel"
+            kernel = arrays.get(name, np.zeros(0))
+            fits = kernel.ndim == 2 and len(kernel) == node.in_features
+            if fits and re.fullmatch(exclude, name):
+                node.out_features = kernel.shape[1]
+                for own, shape in (
+                    (node.kernel, kernel.shape),
+                    (node.bias, kernel.shape[1:]),
+                ):
+                    if own is not None:
+                        own.set_value(jax.ShapeDtypeStruct(shape, own.dtype))
         if isinstance(node, Drawn):
             prefix = f"{path_name(parts)}/values/"
             stored = {
@@ -376,7 +394,13 @@ def _rebuild_modules(model: nnx.Module, specs: list[dict[str, Any]]) -> Any:
     def build(parts: tuple[Any, ...], node: Any) -> Any:
         if isinstance(node, nnx.Module):
             for spec in inner_first.get(path_name(parts), ()):
-                node = KINDS[spec["kind"]].build(node, spec)
+                try:
+                    node = KINDS[spec["kind"]].build(node, spec)
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(
+                        f"the adapter at {spec['at']} must have the settings of its "
+                        f"kind. Got {spec}: {type(error).__name__} {error}."
+                    ) from error
         return node
 
     return nnx.recursive_map(build, model)
