@@ -224,6 +224,7 @@ EXPERIMENTS = {
     "fit_ridge": "fit_ridge",
     "depth_error": "depth_error",
     "networks": "networks",
+    "bert_pooler": "bert_pooler",
 }
 """Values of ``config.experiment`` and the modules of ``experiments`` behind them."""
 

@@ -22,7 +22,10 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
-NUM_CLASSES = {"digits": 10, "cifar10_jpeg": 10, "tinyimagenet32": 200, "synthetic": 10}
+NUM_CLASSES = {
+    **{"digits": 10, "cifar10_jpeg": 10, "tinyimagenet32": 200, "flowers5": 5},
+    "synthetic": 10,
+}
 """Classes of each data set, known without reading it."""
 
 
@@ -142,8 +145,8 @@ def load(
     """Loads a data set by name and cuts a validation part off its training part.
 
     Args:
-      name: ``digits``, ``cifar10_jpeg``, ``tinyimagenet32``, ``synthetic``, or
-        ``tfds:NAME`` for a prepared array_record data set.
+      name: ``digits``, ``cifar10_jpeg``, ``tinyimagenet32``, ``flowers5``,
+        ``synthetic``, or ``tfds:NAME`` for a prepared array_record data set.
       image_size: side of the square images the model reads; others are resized.
       directory: folder of the sets that are read from disk.
       train_size: examples left for training after the validation cut; 0 keeps all.
@@ -257,6 +260,26 @@ def _tinyimagenet32(directory: str, image_size: int):
     return _decode(data, "train_", image_size), val, val
 
 
+def _flowers5(directory: str, image_size: int):
+    """Five kinds of flowers, photographs of 128x128 pixels.
+
+    Of pictures that are there twice the first is kept: a copy would be in training and
+    test. A fifth of the rest, drawn with a fixed seed, is the test split.
+    """
+    data = _npz(directory, "flowers5_128_jpeg.npz")
+    first: dict[bytes, int] = {}
+    for index, (a, b) in enumerate(itertools.pairwise(data["offsets"])):
+        first.setdefault(data["jpeg"][a:b].tobytes(), index)
+    images = _decode(data, "", image_size)
+    rows = np.random.default_rng(0).permutation(list(first.values()))
+    test, train = np.split(rows, [len(rows) // 5])
+    return (
+        ArraySplit(images.images[train], images.labels[train]),
+        None,
+        ArraySplit(images.images[test], images.labels[test]),
+    )
+
+
 def _synthetic(directory: str, image_size: int):
     """Ten classes told apart by the colour and the corner of a bright square."""
     rng = np.random.default_rng(0)
@@ -278,6 +301,7 @@ _LOADERS: dict[str, Callable] = {
     "digits": _digits,
     "cifar10_jpeg": _cifar10_jpeg,
     "tinyimagenet32": _tinyimagenet32,
+    "flowers5": _flowers5,
     "synthetic": _synthetic,
 }
 

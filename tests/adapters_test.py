@@ -276,11 +276,56 @@ def test_another_base_is_refused(saved):
         adapters.load_adapter(file, make_base(seed=1))
 
 
-def test_another_shape_is_refused_by_name(saved, base):
-    file, _ = saved
+def test_the_head_takes_the_outputs_of_the_file(saved, base):
+    """A head belongs to the task, and tasks have their own numbers of classes."""
+    file, model = saved
     other = make_base(num_classes=5)
-    with pytest.raises(ValueError, match=r"head/kernel \(16, 3\) instead of \(16, 5\)"):
+    loaded = adapters.load_adapter(file, other)
+    assert loaded.head.out_features == 3
+    np.testing.assert_array_equal(call(loaded, IMAGES), call(model, IMAGES))
+    assert call(other, IMAGES).shape == (4, 5)
+
+
+def test_another_shape_is_refused_by_name(base, tmp_path):
+    file = tmp_path / "a.safetensors"
+    model, _ = snnk.swap_modules(base, RULES["snnk_relu"], rngs=nnx.Rngs(7))
+    found = adapters.fingerprint(base)
+    adapters.save_adapter(file, model, base_fingerprint=found)
+    wide = snnk.SwapRule(
+        path="head",
+        build=lambda head, rngs: nnx.Linear(8, 3, rngs=rngs),
+    )
+    other, _ = snnk.swap_modules(base, [wide], rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"head/kernel \(16, 3\) instead of \(8, 3\)"):
         adapters.load_adapter(file, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["modules"][0].pop("dim"), "must have the settings of its kind"),
+        (lambda r: r["modules"][0].update(dim="x"), "must have the settings of its"),
+        (lambda r: r["modules"][0].update(kind="exec"), "kinds must be among"),
+        (lambda r: r["modules"][0]["features"].update(kind="x"), "a known feature map"),
+        (
+            lambda r: r["modules"][0]["features"]["fields"].update(num_features=10**7),
+            r"readout \(8, 16\) instead of \(10000000, 16\)",
+        ),
+    ],
+)
+def test_settings_with_a_checksum_of_their_own_are_refused_undrawn(
+    saved, base, change, message
+):
+    """The checksum is no signature: whoever writes a file can write that too."""
+    file, _ = saved
+    with safe_open(file, framework="numpy") as opened:
+        record = json.loads(opened.metadata()["record"])
+    change(record)
+    arrays = load_file(file)
+    checksum = adapters._store._checksum(record, arrays)
+    save_file(arrays, file, {"record": json.dumps(record), "sha256": checksum})
+    with pytest.raises(ValueError, match=message):
+        adapters.load_adapter(file, base)
 
 
 def test_another_structure_is_refused_by_name(saved, base):

@@ -1,9 +1,12 @@
 """What an adapter file may rebuild: kinds of adapters, described by names and numbers.
 
-The values come from the file's arrays, so the builders draw from a fixed stream.
+The values come from the file's arrays. Modules that stand on their own are built as
+shapes alone, those that read the weights around which they stand from a fixed stream.
 """
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +19,12 @@ from snnk_jax.nn import (
     AdapterParam,
     BottleneckAdapter,
     DoRA,
+    MergedPooler,
     Scaled,
     SNNKAdapter,
+    SNNKDense,
+    SNNKMlp,
+    SNNKPooler,
     VeRA,
 )
 
@@ -30,15 +37,20 @@ class Kind:
       cls: its class.
       describe: its settings, as what JSON can hold.
       build: puts one of these settings around a base module.
+      replaces: whether it stands in the place of the base module, which is gone.
     """
 
     cls: type
     describe: Callable[[Any], dict[str, Any]]
     build: Callable[[Any, dict[str, Any]], nnx.Module]
+    replaces: bool = False
 
 
 def describe(module: nnx.Module) -> dict[str, Any] | None:
-    """The kind and the settings of the adapter around a module; None for others."""
+    """The kind and the settings of an adapter or a replacement; None for others."""
+    for name, kind in KINDS.items():
+        if kind.replaces and type(module) is kind.cls:
+            return {"kind": name} | kind.describe(module)
     if getattr(module, "base_module", None) is None:
         return None
     adapter = module.adapter if isinstance(module, Adapted) else module
@@ -106,19 +118,42 @@ def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
     }
 
 
-def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
+def _shapes_of(build: Callable[[dict[str, Any]], nnx.Module]) -> Any:
+    """Builds one module of each spec as shapes, and returns copies of it.
+
+    A file holds dozens of adapters with the same settings. Drawing each of them only to
+    overwrite it takes most of the time of a load.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def shapes(spec: str) -> nnx.Module:
+        return nnx.eval_shape(lambda: build(json.loads(spec)))
+
+    return lambda spec: nnx.clone(shapes(json.dumps(spec, sort_keys=True)))
+
+
+@_shapes_of
+def _snnk_shapes(spec: dict[str, Any]) -> nnx.Module:
     names = ("normalize", "rank", "modulate", "train_projection", *_DTYPES)
     # Files written before the field existed have no such adapters.
     options = {name: spec[name] for name in names} | {
         "standardize": spec.get("standardize", False)
     }
-    adapter = SNNKAdapter(
+    return SNNKAdapter(
         spec["dim"],
         features=_build_features(spec["features"]),
         rngs=nnx.Rngs(0),
         **options,
     )
-    return Adapted(base, adapter, parallel=spec["parallel"])
+
+
+def _build_snnk(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return Adapted(base, _snnk_shapes(_own(spec)), parallel=spec["parallel"])
+
+
+def _own(spec: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an adapter without its place."""
+    return {k: v for k, v in spec.items() if k not in ("at", "parallel")}
 
 
 def _describe_bottleneck(adapter: BottleneckAdapter) -> dict[str, Any]:
@@ -131,12 +166,16 @@ def _describe_bottleneck(adapter: BottleneckAdapter) -> dict[str, Any]:
     }
 
 
-def _build_bottleneck(base: Any, spec: dict[str, Any]) -> nnx.Module:
+@_shapes_of
+def _bottleneck_shapes(spec: dict[str, Any]) -> nnx.Module:
     options = {name: spec[name] for name in ("activation", "scale", *_DTYPES)}
-    adapter = BottleneckAdapter(
+    return BottleneckAdapter(
         spec["dim"], spec["bottleneck"], rngs=nnx.Rngs(0), **options
     )
-    return Adapted(base, adapter, parallel=spec["parallel"])
+
+
+def _build_bottleneck(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return Adapted(base, _bottleneck_shapes(_own(spec)), parallel=spec["parallel"])
 
 
 def _describe_lora(adapter: nnx.LoRA) -> dict[str, Any]:
@@ -183,7 +222,36 @@ def _build_scaled(base: Any, spec: dict[str, Any]) -> nnx.Module:
     return Scaled(base, spec["where"], param_dtype=spec["param_dtype"])
 
 
+def _describe_dense(layer: SNNKDense) -> dict[str, Any]:
+    return {
+        "in_features": layer.in_features,
+        "out_features": layer.out_features,
+        "features": _describe_features(layer.projection.features),
+        "use_bias": layer.bias is not None,
+        "dtype": None if layer.dtype is None else jnp.dtype(layer.dtype).name,
+        "param_dtype": jnp.dtype(layer.readout.dtype).name,
+    }
+
+
+@_shapes_of
+def _dense_shapes(spec: dict[str, Any]) -> nnx.Module:
+    return _DENSE[spec["kind"]](
+        spec["in_features"],
+        spec["out_features"],
+        features=_build_features(spec["features"]),
+        use_bias=spec["use_bias"],
+        dtype=spec["dtype"],
+        param_dtype=spec["param_dtype"],
+        rngs=nnx.Rngs(0),
+    )
+
+
+def _build_dense(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    return _dense_shapes(_own(spec))
+
+
 _DTYPES = ("dtype", "param_dtype")
+_DENSE = {"SNNKDense": SNNKDense, "SNNKMlp": SNNKMlp, "SNNKPooler": SNNKPooler}
 
 KINDS: dict[str, Kind] = {
     "SNNKAdapter": Kind(SNNKAdapter, _describe_snnk, _build_snnk),
@@ -194,4 +262,11 @@ KINDS: dict[str, Kind] = {
     "DoRA": Kind(DoRA, _describe_ranked, _build_dora),
     "VeRA": Kind(VeRA, _describe_ranked, _build_vera),
     "Scaled": Kind(Scaled, _describe_scaled, _build_scaled),
+    **{
+        name: Kind(cls, _describe_dense, _build_dense, replaces=True)
+        for name, cls in _DENSE.items()
+    },
+    "MergedPooler": Kind(
+        MergedPooler, lambda module: {}, lambda base, spec: MergedPooler(), True
+    ),
 }

@@ -1,10 +1,11 @@
 r"""Adapter files: small, hashed, refusing the wrong base.
 
 A file is one safetensors file. It holds the trained arrays under their paths, and in
-its header a JSON record: the adapter modules and where they stand, the random
-projections (the key and the name of the pinned generator, or the values where they
-are not what the key draws), the fingerprint of the base model, and a SHA-256 over all
-of it. Nothing in it is executed.
+its header a JSON record: the adapter modules and where they stand, modules that stand
+in place of one of the base (an SNNK pooler, a merged head), the random projections
+(the key and the name of the pinned generator, or the values where they are not what
+the key draws), the fingerprint of the base model, and a SHA-256 over all of it.
+Nothing in it is executed.
 """
 
 import hashlib
@@ -76,8 +77,11 @@ def save_adapter(
       base_fingerprint: :func:`fingerprint` of the base model, taken before training.
       trained: regular expression for the paths of parameters besides
         :class:`~snnk_jax.nn.AdapterParam` that were trained and belong to the file:
-        the head, or the biases for BitFit.
-      exclude: what ``base_fingerprint`` leaves out.
+        the head, or the biases for BitFit. Those of an
+        :class:`~snnk_jax.nn.SNNKPooler` or another :class:`~snnk_jax.nn.SNNKDense` in
+        place of a module of the base always do.
+      exclude: what ``base_fingerprint`` leaves out: with a replaced pooler
+        ``"(pooler|head)/.*"``.
       metadata: strings of your own, returned by :func:`read_metadata`.
 
     Returns:
@@ -105,9 +109,14 @@ def save_adapter(
       >>> loaded = snnk.adapters.load_adapter(file, base)
     """
     arrays = {}
+    modules = _describe_modules(model)
+    replaced = tuple(f"{m['at']}/" for m in modules if KINDS[m["kind"]].replaces)
     for parts, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = path_name(parts)
-        if isinstance(variable, AdapterParam) or re.fullmatch(trained, name):
+        own = isinstance(variable, AdapterParam) or _base_name(name).startswith(
+            replaced
+        )
+        if own or re.fullmatch(trained, name):
             arrays[name] = np.asarray(variable[...])
     if not arrays:
         raise ValueError(
@@ -132,7 +141,7 @@ def save_adapter(
             raise ValueError(f"{name} must be finite to be saved.")
     record = {
         "format": _FORMAT,
-        "modules": _describe_modules(model),
+        "modules": modules,
         "projections": drawn,
         "generator": projections.GENERATOR,
         "base": {"fingerprint": base_fingerprint, "exclude": exclude},
@@ -157,6 +166,7 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
       base_model: the plain base model, into which the adapters are put; or a model
         that has adapters of the same structure already (after
         :func:`snnk_jax.swap_modules` with the same rules), whose values are replaced.
+        Its head may have another number of outputs; the model has that of the file.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -178,24 +188,30 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
     model = nnx.clone(base_model)
     if not jax.tree.leaves(nnx.state(model, AdapterParam)):
         model = _rebuild_modules(model, record["modules"])
-    model = _make_room(model, arrays)
-    arrays = arrays | _draw(model, record)
+    model = _make_room(model, arrays, base["exclude"])
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     names = {path_name(parts): parts for parts in flat}
+    misshapen = [
+        f"{name} {arrays[name].shape} instead of {flat[names[name]].shape}"
+        for name in sorted(arrays.keys() & names.keys())
+        if arrays[name].shape != flat[names[name]].shape
+    ]
+    # Not before the sizes are known to be those of the stored arrays.
+    arrays = arrays | ({} if misshapen else _draw(model, record))
     needed = {
         name
         for name, parts in names.items()
         if isinstance(flat[parts], AdapterParam | RandomProjection | InputStatistic)
+        or isinstance(flat[parts].get_value(), jax.ShapeDtypeStruct)
     }
-    shapes = {name: flat[names[name]].shape for name in arrays if name in names}
-    missing = sorted(needed - arrays.keys())
+    drawn = {
+        f"{place}/{leaf}"
+        for place, draw in record["projections"].items()
+        for leaf in ("key", *(f"values/{name}" for name in draw["probes"]))
+    }
+    missing = sorted(needed - arrays.keys() - drawn)
     unexpected = sorted(arrays.keys() - names.keys())
-    misshapen = [
-        f"{name} {arrays[name].shape} instead of {shape}"
-        for name, shape in sorted(shapes.items())
-        if arrays[name].shape != shape
-    ]
     if missing or unexpected or misshapen:
         raise ValueError(
             "base_model must have the places and shapes of the adapter file. Got "
@@ -225,10 +241,9 @@ def _read(
             f"adapter must be a file of save_adapter. Got {path}: "
             f"{type(error).__name__} {error}."
         ) from error
-    if record.get("format") != _FORMAT:
-        raise ValueError(
-            f"adapter must have format {_FORMAT}. Got {record.get('format')!r}."
-        )
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        found = record.get("format") if isinstance(record, dict) else record
+        raise ValueError(f"adapter must have format {_FORMAT}. Got {found!r}.")
     checksum = _checksum(record, arrays)
     if header.get("sha256") != checksum:
         raise ValueError(
@@ -275,13 +290,26 @@ def _draw_values(projection: Drawn, words: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in values.items()}
 
 
-def _make_room(model: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """Gives projections with stored values the leaves of the file.
+def _make_room(model: Any, arrays: dict[str, np.ndarray], exclude: str) -> Any:
+    """Gives modules of a clone the leaves and the sizes of the file.
 
-    Calibrated ones have others than the map draws.
+    Calibrated projections have other leaves than the map draws, and a head, which
+    belongs to the task, as many outputs as the task.
     """
 
     def visit(parts: tuple[Any, ...], node: Any) -> Any:
+        if isinstance(node, nnx.Linear):
+            name = f"{path_name(parts)}/kernel"
+            kernel = arrays.get(name, np.zeros(0))
+            fits = kernel.ndim == 2 and len(kernel) == node.in_features
+            if fits and re.fullmatch(exclude, name):
+                node.out_features = kernel.shape[1]
+                for own, shape in (
+                    (node.kernel, kernel.shape),
+                    (node.bias, kernel.shape[1:]),
+                ):
+                    if own is not None:
+                        own.set_value(jax.ShapeDtypeStruct(shape, own.dtype))
         if isinstance(node, Drawn):
             prefix = f"{path_name(parts)}/values/"
             stored = {
@@ -334,14 +362,14 @@ def _refuse(value: Any) -> None:
 
 
 def _describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
-    """The adapters that stand around a base module, outer ones first.
+    """The adapters around a base module and the replacements of one, outer ones first.
 
     ``at`` is the place in the base model. An adapter of a kind that is not listed is
     left out: such a file loads into a model that has the adapter already.
     """
     described = []
     for name, module in find_modules(model).items():
-        spec = describe(module)
+        spec = describe(module) if name else None
         if spec is not None:
             json.dumps(spec, default=_refuse)
             described.append({"at": _base_name(name)} | spec)
@@ -361,10 +389,20 @@ def _rebuild_modules(model: nnx.Module, specs: list[dict[str, Any]]) -> Any:
             f"adapter kinds must be among {', '.join(KINDS)}. Got {unknown}."
         )
 
+    inner_first: dict[str, list[dict[str, Any]]] = {}
+    for spec in reversed(specs):
+        inner_first.setdefault(spec["at"], []).append(spec)
+
     def build(parts: tuple[Any, ...], node: Any) -> Any:
-        for spec in reversed(specs):
-            if spec["at"] == path_name(parts) and isinstance(node, nnx.Module):
-                node = KINDS[spec["kind"]].build(node, spec)
+        if isinstance(node, nnx.Module):
+            for spec in inner_first.get(path_name(parts), ()):
+                try:
+                    node = KINDS[spec["kind"]].build(node, spec)
+                except (KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(
+                        f"the adapter at {spec['at']} must have the settings of its "
+                        f"kind. Got {spec}: {type(error).__name__} {error}."
+                    ) from error
         return node
 
     return nnx.recursive_map(build, model)

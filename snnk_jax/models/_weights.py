@@ -76,8 +76,8 @@ class LoadReport:
 
     Attributes:
       loaded: number of parameters that were read.
-      ignored: stored tensors that the model has no place for and known to be without
-        meaning for it: other heads, buffers.
+      ignored: stored tensors, by their names in the file, that the model has no place
+        for and known to be without meaning for it: other heads, buffers.
       fresh: parameters that keep their initial values: a new head.
     """
 
@@ -99,6 +99,8 @@ class Tensor:
 class Checkpoint:
     """The tensors of one or several files, by cleaned names.
 
+    ``stored`` holds the names in the file, for messages and reports.
+
     Args:
       tensors: stored tensors by the names in the file.
       where: what errors call it.
@@ -119,6 +121,7 @@ class Checkpoint:
     ):
         self.where = where
         self.tensors: dict[str, Tensor] = {}
+        self.stored: dict[str, str] = {}
         for stored, tensor in tensors.items():
             name = stored
             for prefix in prefixes:
@@ -127,10 +130,11 @@ class Checkpoint:
                 name = re.sub(pattern, replacement, name)
             if name in self.tensors:
                 raise ValueError(
-                    f"weights must name each tensor once. Got {stored!r} and another "
-                    f"name of {name!r} in {where}."
+                    f"weights must name each tensor once. Got {stored!r} and "
+                    f"{self.stored[name]!r} for {name!r} in {where}."
                 )
             self.tensors[name] = tensor
+            self.stored[name] = stored
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -166,19 +170,19 @@ def fill(
       ValueError: with every missing, unexpected, misshapen and non-float tensor; or
         with those that hold values that are not finite in ``param_dtype``.
     """
-    tensors = checkpoint.tensors
+    tensors, stored = checkpoint.tensors, checkpoint.stored
     used = {source.name for source in sources.values()}
     missing = sorted(used - tensors.keys())
     left = sorted(tensors.keys() - used)
-    unexpected = [name for name in left if not re.fullmatch(ignore, name)]
+    unexpected = [stored[name] for name in left if not re.fullmatch(ignore, name)]
     found = [source for source in sources.values() if source.name in tensors]
     misshapen = [
-        f"{source.name} {tensors[source.name].shape} instead of {source.shape}"
+        f"{stored[source.name]} {tensors[source.name].shape} instead of {source.shape}"
         for source in found
         if tensors[source.name].shape != source.shape
     ]
     integers = [
-        f"{source.name} {tensors[source.name].dtype}"
+        f"{stored[source.name]} {tensors[source.name].dtype}"
         for source in found
         if not tensors[source.name].floating
     ]
@@ -204,7 +208,7 @@ def fill(
         with np.errstate(over="ignore"):  # an overflow is refused below
             value = np.reshape(value, variable.shape).astype(np.dtype(param_dtype))
         if not np.all(np.isfinite(value)):
-            broken.append(source.name)
+            broken.append(stored[source.name])
         flat[places[name]] = variable.replace(jnp.asarray(value))
     if broken:
         raise ValueError(
@@ -213,7 +217,7 @@ def fill(
         )
     for name, shape in fresh.items():
         flat[places[name]] = flat[places[name]].replace(jnp.zeros(shape, param_dtype))
-    ignored = tuple(name for name in left if name not in unexpected)
+    ignored = tuple(sorted(stored[name] for name in left))  # none is unexpected
     report = LoadReport(len(sources), ignored, tuple(sorted(fresh)))
     return nnx.merge(graphdef, nnx.from_flat_state(flat.items())), report
 

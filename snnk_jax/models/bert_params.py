@@ -77,7 +77,7 @@ def load_bert(
       >>> from snnk_jax.models.bert_params import load_bert
       >>> model, report = load_bert(folder, num_outputs=3)  # doctest: +SKIP
       >>> report.ignored  # doctest: +SKIP
-      ('cls.predictions.bias', ..., 'embeddings.position_ids')
+      ('bert.embeddings.position_ids', ..., 'cls.predictions.bias')
     """
     path = pathlib.Path(path)
     with open_checkpoint(path) as tensors:

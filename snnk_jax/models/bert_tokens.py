@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from snnk_jax.models._weights import read_json
+
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -37,7 +39,9 @@ class BertTokenizer:
       path: a ``tokenizer.json``, a WordPiece vocabulary with a token a line, or a
         folder that holds ``tokenizer.json`` or ``vocab.txt``.
       lowercase: for a vocabulary: put text in lower case and strip accents, as the
-        uncased models want it. A ``tokenizer.json`` says so itself.
+        uncased models want it. None takes ``do_lower_case`` of a
+        ``tokenizer_config.json`` beside it, True without one. A ``tokenizer.json``
+        says so itself.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -55,7 +59,7 @@ class BertTokenizer:
              [2, 6, 7, 8, 5, 1, 9, 3]], dtype=int32)
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, lowercase: bool = True):
+    def __init__(self, path: str | os.PathLike[str], *, lowercase: bool | None = None):
         path = pathlib.Path(path)
         if path.is_dir():
             held = [path / name for name in ("tokenizer.json", "vocab.txt")]
@@ -147,9 +151,21 @@ def _from_json(path: pathlib.Path) -> Any:
         ) from error
 
 
-def _wordpiece(path: pathlib.Path, lowercase: bool) -> Any:
+def _lowercase(config: pathlib.Path) -> bool:
+    if not config.is_file():
+        return True
+    found = read_json(config, "tokenizer_config.json").get("do_lower_case", True)
+    if not isinstance(found, bool):
+        raise ValueError(f"do_lower_case must be true or false. Got {found!r}.")
+    return found
+
+
+def _wordpiece(path: pathlib.Path, lowercase: bool | None) -> Any:
     library = _library()
-    lines = path.read_text("utf-8").splitlines()
+    if lowercase is None:
+        lowercase = _lowercase(path.parent / "tokenizer_config.json")
+    # Not splitlines: vocabularies hold tokens that it takes for ends of lines.
+    lines = path.read_text("utf-8").removesuffix("\n").split("\n")
     vocabulary = {token: i for i, token in enumerate(lines)}
     if len(vocabulary) != len(lines):
         raise ValueError(

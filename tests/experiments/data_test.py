@@ -296,6 +296,48 @@ def test_tinyimagenet_layout(tmp_path):
     assert dataset.num_classes == 200
 
 
+def test_flowers_keeps_the_first_of_pictures_that_are_there_twice(tmp_path):
+    write_npz(tmp_path / "one.npz", train=20)
+    with np.load(tmp_path / "one.npz") as found:
+        blob, offsets = found["train_jpeg"], found["train_offsets"]
+    copied = blob[offsets[3] : offsets[4]]
+    np.savez(
+        tmp_path / "flowers5_128_jpeg.npz",
+        jpeg=np.concatenate([blob, copied]),
+        offsets=np.append(offsets, offsets[-1] + len(copied)),
+        labels=np.append(np.arange(20) % 5, 4),
+    )
+    dataset = load("flowers5", image_size=16, directory=str(tmp_path))
+    sizes = [len(s) for s in (dataset.train, dataset.val, dataset.test)]
+    assert sizes == [14, 2, 4]
+    assert dataset.num_classes == 5
+    labels = [
+        split.__getitems__(np.arange(len(split)))["label"]
+        for split in (dataset.train, dataset.val, dataset.test)
+    ]
+    np.testing.assert_array_equal(np.bincount(np.concatenate(labels)), [4] * 5)
+
+
+@pytest.mark.slow
+def test_real_flowers(data_dir):
+    folder = data_dir("flowers5_128_jpeg")
+    splits = [load("flowers5", image_size=16, directory=str(folder)) for _ in range(2)]
+    dataset = splits[0]
+    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [
+        3_104,
+        345,
+        862,
+    ]
+    images = [
+        split.__getitems__(np.arange(len(split)))["image"]
+        for split in (dataset.train, dataset.val, dataset.test)
+    ]
+    whole = np.concatenate(images).reshape(4_311, -1)
+    assert len(np.unique(whole, axis=0)) == 4_311
+    again = splits[1].test.__getitems__(np.arange(862))["image"]
+    np.testing.assert_array_equal(images[2], again)
+
+
 @pytest.mark.slow
 def test_real_cifar10(data_dir):
     folder = data_dir("cifar10_jpeg")

@@ -79,6 +79,25 @@ def test_case_and_accents_go_unless_they_shall_stay(path):
     assert cased(["DOG"]).tokens.tolist() == [[CLS, UNK, SEP]]
 
 
+def test_the_config_beside_a_vocabulary_says_whether_case_stays(path):
+    config = path.parent / "tokenizer_config.json"
+    config.write_text(json.dumps({"do_lower_case": False}))
+    assert BertTokenizer(path)(["DOG"]).tokens.tolist() == [[CLS, UNK, SEP]]
+    lower = BertTokenizer(path.parent, lowercase=True)
+    assert lower(["DOG"]).tokens.tolist() == [[CLS, ID["dog"], SEP]]
+    config.write_text(json.dumps({"do_lower_case": "no"}))
+    with pytest.raises(ValueError, match="do_lower_case must be true or false"):
+        BertTokenizer(path)
+
+
+def test_a_token_that_ends_lines_elsewhere_is_a_token(path):
+    """Multilingual vocabularies hold U+2028, which str.splitlines would split at."""
+    path.write_text("\n".join([*WORDS, "\u2028", "\x85", "cat"]) + "\n", "utf-8")
+    tokenizer = BertTokenizer(path)
+    assert tokenizer.vocab_size == len(WORDS) + 3
+    assert tokenizer(["cat"]).tokens.tolist() == [[CLS, len(WORDS) + 2, SEP]]
+
+
 def test_a_tokenizer_json_and_its_folder_give_the_same(path, tmp_path):
     tokenizer = BertTokenizer(path)
     (tmp_path / "tokenizer.json").write_text(tokenizer._tokenizer.to_str())

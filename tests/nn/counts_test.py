@@ -1,0 +1,90 @@
+import pytest
+from flax import nnx
+
+import snnk_jax as snnk
+from snnk_jax.models.bert import Bert, BertConfig
+from snnk_jax.models.vit import ViT, ViTConfig
+
+SIZES = {"hidden_size": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32}
+
+
+def adapted():
+    config = BertConfig(vocab_size=30, max_length=8, num_outputs=3, **SIZES)
+    rule = snnk.SwapRule(
+        path=r"blocks/\d+/(attention|mlp)",
+        build=lambda module, rngs: snnk.nn.Adapted(
+            module,
+            snnk.nn.SNNKAdapter(
+                16, features=snnk.features.ArcCosine(num_features=4), rngs=rngs
+            ),
+        ),
+    )
+    bert = Bert(config, rngs=nnx.Rngs(0))
+    return snnk.swap_modules(bert, [rule], rngs=nnx.Rngs(1))[0]
+
+
+def test_adapters_and_head_are_counted_apart():
+    counts = snnk.nn.count_parameters(adapted())
+    # Four adapters with a readout [4, 16] and a modulation; directions and a key.
+    assert counts.trained == 4 * 5 * 16
+    assert counts.head == 16 * 3 + 3
+    assert counts.projections == 4 * (4 * 16 + 2)
+    plain = BertConfig(vocab_size=30, max_length=8, num_outputs=3, **SIZES)
+    base = snnk.nn.count_parameters(Bert(plain, rngs=nnx.Rngs(0)), nnx.Param)
+    assert counts.frozen + counts.head == base.trained + base.head
+    assert counts.total == base.total + counts.trained + counts.projections
+
+
+def test_what_is_trained_is_the_callers_to_say():
+    model = adapted()
+    probe = snnk.nn.count_parameters(model, nnx.PathContains("head"))
+    assert (probe.trained, probe.head) == (0, 16 * 3 + 3)
+    full = snnk.nn.count_parameters(model, nnx.Param)
+    assert full.frozen == 0
+    pooler = snnk.nn.count_parameters(model, nnx.Param, head=nnx.PathContains("pooler"))
+    assert pooler.head == 16 * 16 + 16
+
+
+def test_groups_add_up_to_the_counts():
+    model = adapted()
+    rows = snnk.nn.parameter_groups(model)
+    counts = snnk.nn.count_parameters(model)
+    assert sum(row[1] for row in rows) == counts.total
+    assert sum(row[2] for row in rows) == counts.trained + counts.head
+    assert {row[0] for row in rows} == {
+        *("embeddings", "blocks", "blocks (adapters)", "blocks (projections)"),
+        *("pooler", "head"),
+    }
+
+
+def test_it_prints_what_it_returns(capsys):
+    model = adapted()
+    counts = snnk.nn.print_trainable(model)
+    assert counts == snnk.nn.count_parameters(model)
+    printed = capsys.readouterr().out
+    assert "blocks (adapters)                    320         320" in printed
+    assert "trained without the head 320, head 51" in printed
+    assert f"frozen projections {counts.projections}" in printed
+
+
+@pytest.mark.parametrize(
+    ("family", "num_features", "trained"), [("bert", 8, 165_888), ("vit", 16, 313_344)]
+)
+def test_shapes_at_the_size_of_base_are_enough(family, num_features, trained):
+    features = snnk.features.ArcCosine(num_features=num_features)
+    rule = snnk.SwapRule(
+        path=r"blocks/\d+/(attention|mlp)",
+        build=lambda module, rngs: snnk.nn.Adapted(
+            module, snnk.nn.SNNKAdapter(768, features=features, rngs=rngs)
+        ),
+    )
+
+    def build():
+        if family == "bert":
+            model = Bert(BertConfig.preset("base"), rngs=nnx.Rngs(0))
+        else:
+            model = ViT(ViTConfig.preset("B/16", num_classes=2), rngs=nnx.Rngs(0))
+        return snnk.swap_modules(model, [rule], rngs=nnx.Rngs(1))[0]
+
+    counts = snnk.nn.count_parameters(nnx.eval_shape(build))
+    assert (counts.trained, counts.head) == (trained, 768 * 2 + 2)
