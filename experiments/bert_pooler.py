@@ -396,6 +396,11 @@ def _ridge(kind: str, states: States, config: Any) -> dict[str, Any]:
     if states.classes > 1:
         y = np.where(y == np.arange(states.classes)[None], 1, -1)
     y = jnp.asarray(y, jnp.float32)
+    if kind == "constant":
+        level = np.tile(np.mean(y, axis=0), (len(states.y["test"]), 1))
+        score = scores.scores(level, states.y["test"])[states.metric]
+        sizes = dict.fromkeys(("trained", "frozen", "bytes", "fit_seconds"), 0)
+        return {"scores": [score], **sizes}
     found, seconds, frozen = [], [], 0
     arrays: dict[str, np.ndarray] = {}
     for seed in config.seeds if kind != "linear" else config.seeds[:1]:
@@ -463,7 +468,9 @@ def report(workdir: pathlib.Path, rows: list[dict[str, Any]], config: Any) -> li
                 "high": average.max() / 100,
             }
         )
-    plots.score_against_parameters(workdir / "score.png", points, "average score, %")
+    # The constant is far below all others.
+    shown = [p for p in points if p["title"] != METHODS["constant"].title]
+    plots.ranges(workdir / "score.png", shown, "average score, %")
     sizes = ", ".join(
         f"{task} {row['train_size']:,}" for task, row in _first_rows(rows).items()
     )
@@ -475,7 +482,7 @@ def report(workdir: pathlib.Path, rows: list[dict[str, Any]], config: Any) -> li
         "Trained parameters are with the classifier; files name the projection by its "
         "key unless it was balanced to samples."
     )
-    picture = "![average score against trained parameters](score.png)"
+    picture = "![average score of each head, and its trained parameters](score.png)"
     return [notes, markdown(lines, left=1), markdown(details, left=1), picture]
 
 
@@ -486,4 +493,8 @@ def _spread(values: np.ndarray) -> str:
 
 
 def _first_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {row["task"]: row for row in reversed(rows)}
+    """A row of each task, in the order of the tasks, which is that of a method's."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row["task"], row)
+    return first

@@ -195,12 +195,8 @@ def _merged(kind: str, init: str) -> Any:
 METHODS: dict[str, Method] = {
     "dense": Method("Dense pooler and classifier", _dense),
     "linear": Method("Classifier alone", _linear),
-    "dense_narrow": Method(
-        "Narrower dense pooler, size of an SNNK pooler", _narrow(_pooler_budget)
-    ),
-    "dense_slim": Method(
-        "Narrowest dense pooler, size of a merged one", _narrow(_merged_budget)
-    ),
+    "dense_narrow": Method("Narrow dense pooler", _narrow(_pooler_budget)),
+    "dense_slim": Method("Narrowest dense pooler", _narrow(_merged_budget)),
     "cos_random": Method("SNNK pooler, cosine, random", _pooler("cos", "random")),
     "cos_samples": Method(
         "SNNK pooler, cosine, fitted", _pooler("cos", "samples"), "pooler"
@@ -230,4 +226,5 @@ METHODS: dict[str, Method] = {
     "ridge_cos": Method("Ridge, cosine features", ridge="cos"),
     "ridge_relu": Method("Ridge, ReLU features", ridge="relu"),
     "ridge_tanh": Method("Ridge, tanh features", ridge="tanh"),
+    "constant": Method("Constant, the more frequent class", ridge="constant"),
 }
