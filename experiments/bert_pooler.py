@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save
 
 import snnk_jax as snnk
@@ -35,7 +34,7 @@ _CHUNK = 512
 
 
 def run(
-    config: ConfigDict, workdir: str | pathlib.Path, command: str = ""
+    config: Any, workdir: str | pathlib.Path, command: str = ""
 ) -> list[dict[str, Any]]:
     """Trains every head on every task and writes the report; nothing is done twice.
 
@@ -66,7 +65,7 @@ def run(
     return rows
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Any) -> None:
     """Raises ValueError for a value that the experiment could not use."""
     for key, values, known in (
         ("methods", config.methods, METHODS),
@@ -115,7 +114,7 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _jobs(config: ConfigDict, workdir: pathlib.Path) -> Iterable[Job]:
+def _jobs(config: Any, workdir: pathlib.Path) -> Iterable[Job]:
     for task in config.tasks:
         states = load_states(task, config, workdir)
         for name in config.methods:
@@ -123,7 +122,7 @@ def _jobs(config: ConfigDict, workdir: pathlib.Path) -> Iterable[Job]:
             yield f"{task} | {name}", measure
 
 
-def load_states(task: str, config: ConfigDict, workdir: pathlib.Path) -> States:
+def load_states(task: str, config: Any, workdir: pathlib.Path) -> States:
     """The encoder's states of a task, from ``workdir/states`` or the encoder."""
     file = workdir / "states" / f"{task}.safetensors"
     classes = glue.NUM_CLASSES[task if task in glue.NUM_CLASSES else f"glue:{task}"]
@@ -144,7 +143,7 @@ def load_states(task: str, config: ConfigDict, workdir: pathlib.Path) -> States:
     )
 
 
-def _encode_task(task: str, config: ConfigDict) -> dict[str, np.ndarray]:
+def _encode_task(task: str, config: Any) -> dict[str, np.ndarray]:
     name = task if task == "synthetic_text" else f"glue:{task}"
     weights = tasks.weights_path(config.model.weights)
     options = {
@@ -261,7 +260,7 @@ class _Trained:
 
 
 def _build(
-    name: str, states: States, config: ConfigDict, seed: int, heads: pathlib.Path
+    name: str, states: States, config: Any, seed: int, heads: pathlib.Path
 ) -> Any:
     """A head before its training."""
     method = METHODS[name]
@@ -279,9 +278,7 @@ def _build(
     return method.build(config, states, dense, rngs)
 
 
-def _train(
-    model: Any, states: States, config: ConfigDict, rate: float, seed: int
-) -> _Trained:
+def _train(model: Any, states: States, config: Any, rate: float, seed: int) -> _Trained:
     optim = config.optim
     recipe = train.Recipe(
         learning_rate=1.0,  # `rate` is an argument, so that all compile once
@@ -328,7 +325,7 @@ def _restored(dense: Head, heads: pathlib.Path, seed: int) -> Head:
 
 
 def _measure(
-    task: str, name: str, states: States, config: ConfigDict, workdir: pathlib.Path
+    task: str, name: str, states: States, config: Any, workdir: pathlib.Path
 ) -> dict[str, Any]:
     heads = workdir / "heads" / task
     method = METHODS[name]
@@ -376,7 +373,7 @@ def _measure(
     }
 
 
-def _choose_rate(name: str, start: Any, states: States, config: ConfigDict) -> float:
+def _choose_rate(name: str, start: Any, states: States, config: Any) -> float:
     """The learning rate that is best on the validation split, by one seed."""
     tried = []
     for rate in config.sweep.learning_rates:
@@ -393,13 +390,19 @@ def _choose_rate(name: str, start: Any, states: States, config: ConfigDict) -> f
     return max(tried)[-1]
 
 
-def _ridge(kind: str, states: States, config: ConfigDict) -> dict[str, Any]:
+def _ridge(kind: str, states: States, config: Any) -> dict[str, Any]:
     """A head in closed form; the penalty by generalised cross-validation."""
     y = states.y["train"][:, None]
     if states.classes > 1:
         y = np.where(y == np.arange(states.classes)[None], 1, -1)
     y = jnp.asarray(y, jnp.float32)
+    if kind == "constant":
+        level = np.tile(np.mean(y, axis=0), (len(states.y["test"]), 1))
+        score = scores.scores(level, states.y["test"])[states.metric]
+        sizes = dict.fromkeys(("trained", "frozen", "bytes", "fit_seconds"), 0)
+        return {"scores": [score], **sizes}
     found, seconds, frozen = [], [], 0
+    arrays: dict[str, np.ndarray] = {}
     for seed in config.seeds if kind != "linear" else config.seeds[:1]:
         phi: Callable[[Any], Any] = jnp.asarray
         if kind != "linear":
@@ -413,7 +416,10 @@ def _ridge(kind: str, states: States, config: ConfigDict) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begun)
         outputs = np.asarray(solution(phi(jnp.asarray(states.x["test"]))))
         found.append(scores.scores(outputs, states.y["test"])[states.metric])
-    arrays = {"kernel": np.asarray(solution.kernel), "bias": np.asarray(solution.bias)}
+        arrays = {
+            "kernel": np.asarray(solution.kernel),
+            "bias": np.asarray(solution.bias),
+        }
     return {
         "scores": found,
         "trained": sum(array.size for array in arrays.values()),
@@ -423,9 +429,7 @@ def _ridge(kind: str, states: States, config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def report(
-    workdir: pathlib.Path, rows: list[dict[str, Any]], config: ConfigDict
-) -> list[str]:
+def report(workdir: pathlib.Path, rows: list[dict[str, Any]], config: Any) -> list[str]:
     """The parts of the report; the plot is written on the way."""
     by_method: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -464,7 +468,9 @@ def report(
                 "high": average.max() / 100,
             }
         )
-    plots.score_against_parameters(workdir / "score.png", points, "average score, %")
+    # The constant is far below all others.
+    shown = [p for p in points if p["title"] != METHODS["constant"].title]
+    plots.ranges(workdir / "score.png", shown, "average score, %")
     sizes = ", ".join(
         f"{task} {row['train_size']:,}" for task, row in _first_rows(rows).items()
     )
@@ -476,7 +482,7 @@ def report(
         "Trained parameters are with the classifier; files name the projection by its "
         "key unless it was balanced to samples."
     )
-    picture = "![average score against trained parameters](score.png)"
+    picture = "![average score of each head, and its trained parameters](score.png)"
     return [notes, markdown(lines, left=1), markdown(details, left=1), picture]
 
 
@@ -487,4 +493,8 @@ def _spread(values: np.ndarray) -> str:
 
 
 def _first_rows(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {row["task"]: row for row in reversed(rows)}
+    """A row of each task, in the order of the tasks, which is that of a method's."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row["task"], row)
+    return first

@@ -175,6 +175,26 @@ def score_against_parameters(
     _save(figure, path)
 
 
+def ranges(
+    path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]], xlabel: str
+) -> None:
+    """Draws a line for each row: mean and range, its parameters beside the title.
+
+    Rows are those of :func:`score_against_parameters`, too many for a legend.
+    """
+    figure, axis = plt.subplots(figsize=(7.6, 0.9 + 0.26 * len(rows)))
+    for index, row in enumerate(rows):
+        mean = 100 * row["mean"]
+        spread = [[mean - 100 * row["low"]], [100 * row["high"] - mean]]
+        color = "C1" if "SNNK" in row["title"] else "C0"
+        axis.errorbar(mean, -index, xerr=spread, fmt="o", color=color, capsize=3)
+    names = [f"{row['title']}: {row['trained']:,}" for row in rows]
+    axis.set_yticks([-index for index in range(len(rows))], names, fontsize=8)
+    axis.set(xlabel=xlabel)
+    axis.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: str | pathlib.Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)

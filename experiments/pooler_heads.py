@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 import snnk_jax as snnk
 from snnk_jax.features import URF, ArcCosine, FeatureMap
@@ -80,7 +79,7 @@ def _classifier(dim: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(dim, outputs, kernel_init=zeros, rngs=rngs)
 
 
-def feature_map(kind: str, config: ConfigDict, states: States) -> FeatureMap:
+def feature_map(kind: str, config: Any, states: States) -> FeatureMap:
     """Features of states at norm one: ``tanh`` and ``cos`` by URF, ``relu``.
 
     The linear part of tanh takes a column for every input, so it has the many features.
@@ -90,7 +89,7 @@ def feature_map(kind: str, config: ConfigDict, states: States) -> FeatureMap:
     return _map_of(kind, small, sizes.scale / states.norm)
 
 
-def merged_map(kind: str, config: ConfigDict, states: States) -> FeatureMap:
+def merged_map(kind: str, config: Any, states: States) -> FeatureMap:
     """The features of merged heads and of closed forms, many of any kind."""
     sizes = config.pooler
     return _map_of(kind, sizes.merged_features, sizes.scale / states.norm)
@@ -116,23 +115,23 @@ class Method:
     """
 
     title: str
-    build: Callable[[ConfigDict, States, Head, nnx.Rngs], Any] | None = None
+    build: Callable[[Any, States, Head, nnx.Rngs], Any] | None = None
     source: str = "none"
     ridge: str | None = None
 
 
-def _dense(config: ConfigDict, states: States, source: Head, rngs: nnx.Rngs) -> Head:
+def _dense(config: Any, states: States, source: Head, rngs: nnx.Rngs) -> Head:
     return source
 
 
-def _linear(config: ConfigDict, states: States, source: Head, rngs: nnx.Rngs) -> Head:
+def _linear(config: Any, states: States, source: Head, rngs: nnx.Rngs) -> Head:
     return Head(MergedPooler(), _classifier(states.dim, states.classes, rngs))
 
 
-def _narrow(budget: Callable[[ConfigDict, States], int]) -> Any:
+def _narrow(budget: Callable[[Any, States], int]) -> Any:
     """The dense pooler whose trained parameters are next to a budget."""
 
-    def build(config: ConfigDict, states: States, source: Head, rngs: nnx.Rngs) -> Head:
+    def build(config: Any, states: States, source: Head, rngs: nnx.Rngs) -> Head:
         each = states.dim + 1 + states.classes
         width = max(1, round((budget(config, states) - states.classes) / each))
         return dense_head(states.dim, width, states.classes, rngs)
@@ -140,18 +139,18 @@ def _narrow(budget: Callable[[ConfigDict, States], int]) -> Any:
     return build
 
 
-def _pooler_budget(config: ConfigDict, states: States) -> int:
+def _pooler_budget(config: Any, states: States) -> int:
     """Trained parameters of an SNNK pooler and its classifier."""
     d, o = states.dim, states.classes
     return config.pooler.num_features * d + d + d * o + o
 
 
-def _merged_budget(config: ConfigDict, states: States) -> int:
+def _merged_budget(config: Any, states: States) -> int:
     return (config.pooler.merged_features + 1) * states.classes
 
 
 def _pooler(kind: str, init: str) -> Any:
-    def build(config: ConfigDict, states: States, source: Head, rngs: nnx.Rngs) -> Head:
+    def build(config: Any, states: States, source: Head, rngs: nnx.Rngs) -> Head:
         return _with_pooler(
             source, feature_map(kind, config, states), init, states, rngs
         )
@@ -175,7 +174,7 @@ def _with_pooler(
 
 
 def _merged(kind: str, init: str) -> Any:
-    def build(config: ConfigDict, states: States, source: Head, rngs: nnx.Rngs) -> Head:
+    def build(config: Any, states: States, source: Head, rngs: nnx.Rngs) -> Head:
         features = merged_map(kind, config, states)
         if init != "random":
             return snnk.nn.merge_pooler(
@@ -196,12 +195,8 @@ def _merged(kind: str, init: str) -> Any:
 METHODS: dict[str, Method] = {
     "dense": Method("Dense pooler and classifier", _dense),
     "linear": Method("Classifier alone", _linear),
-    "dense_narrow": Method(
-        "Narrower dense pooler, size of an SNNK pooler", _narrow(_pooler_budget)
-    ),
-    "dense_slim": Method(
-        "Narrowest dense pooler, size of a merged one", _narrow(_merged_budget)
-    ),
+    "dense_narrow": Method("Narrow dense pooler", _narrow(_pooler_budget)),
+    "dense_slim": Method("Narrowest dense pooler", _narrow(_merged_budget)),
     "cos_random": Method("SNNK pooler, cosine, random", _pooler("cos", "random")),
     "cos_samples": Method(
         "SNNK pooler, cosine, fitted", _pooler("cos", "samples"), "pooler"
@@ -231,4 +226,5 @@ METHODS: dict[str, Method] = {
     "ridge_cos": Method("Ridge, cosine features", ridge="cos"),
     "ridge_relu": Method("Ridge, ReLU features", ridge="relu"),
     "ridge_tanh": Method("Ridge, tanh features", ridge="tanh"),
+    "constant": Method("Constant, the more frequent class", ridge="constant"),
 }

@@ -96,6 +96,21 @@ def test_save_and_load_into_another_bank(bank, tmp_path):
     assert list(other) == ["again"]
 
 
+def test_tasks_have_their_own_numbers_of_outputs(bank, tmp_path):
+    def head(linear, rngs):
+        return nnx.Linear(8, 1, rngs=rngs)
+
+    rules = [*RULES, snnk.SwapRule(path="head", build=head)]
+    bank.add("values", rules, rngs=nnx.Rngs(5))
+    bank.replace("values", train(bank["values"], 0.3))
+    bank.save("values", tmp_path / "v.safetensors")
+    other = AdapterBank(Model(nnx.Rngs(0)))
+    loaded = other.load("values", tmp_path / "v.safetensors")
+    np.testing.assert_array_equal(call(loaded, X), call(bank["values"], X))
+    assert call(loaded, X).shape == (5, 1)
+    assert call(bank["a"], X).shape == (5, 3)
+
+
 def test_a_file_of_another_base_is_refused(bank, tmp_path):
     bank.save("a", tmp_path / "a.safetensors")
     other = AdapterBank(Model(nnx.Rngs(9)))

@@ -304,10 +304,11 @@ def _make_room(model: Any, arrays: dict[str, np.ndarray], exclude: str) -> Any:
             fits = kernel.ndim == 2 and len(kernel) == node.in_features
             if fits and re.fullmatch(exclude, name):
                 node.out_features = kernel.shape[1]
-                for own, shape in (
+                own_leaves: Any = (
                     (node.kernel, kernel.shape),
                     (node.bias, kernel.shape[1:]),
-                ):
+                )
+                for own, shape in own_leaves:
                     if own is not None:
                         own.set_value(jax.ShapeDtypeStruct(shape, own.dtype))
         if isinstance(node, Drawn):

@@ -123,6 +123,24 @@ def test_training_learns_and_repeats_itself():
     assert not np.any(np.asarray(model.head.readout[...]))
 
 
+def test_scores_stand_under_their_tasks(tmp_path):
+    sizes = dict.fromkeys(("trained", "frozen", "bytes", "fit_seconds"), 1)
+    rows = [
+        {"task": task, "method": name, "title": name, "metric": "f1", "train_size": i}
+        | sizes
+        | {"scores": [i / 10 + j / 100]}
+        for i, task in enumerate(("mrpc", "rte"))
+        for j, name in enumerate(("dense", "linear"))
+    ]
+    table = bert_pooler.report(tmp_path, rows, quick())[2].splitlines()
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in table]
+    assert cells[0] == ["head", "mrpc (f1)", "rte (f1)"]
+    assert cells[2:] == [
+        ["dense", "0.0 (1 fit)", "10.0 (1 fit)"],
+        ["linear", "1.0 (1 fit)", "11.0 (1 fit)"],
+    ]
+
+
 def test_the_quicktest_writes_a_report_and_goes_on(tmp_path):
     methods = ("dense", "relu_samples", "merged_relu", "ridge_cos")
     config = quick(methods=methods, seeds=(0,))
