@@ -1,0 +1,21 @@
+"""Networks of infinite width: their exact NNGP and NTK kernels.
+
+The first kernel is the mean of products of channels, ``x @ y / d``; ``Dense`` and
+``Conv`` have the NTK parameterisation.
+"""
+
+from snnk_jax.infinite._layers import Activation as Activation
+from snnk_jax.infinite._layers import AvgPool as AvgPool
+from snnk_jax.infinite._layers import Conv as Conv
+from snnk_jax.infinite._layers import Dense as Dense
+from snnk_jax.infinite._layers import FanInSum as FanInSum
+from snnk_jax.infinite._layers import FanOut as FanOut
+from snnk_jax.infinite._layers import Flatten as Flatten
+from snnk_jax.infinite._layers import GlobalAvgPool as GlobalAvgPool
+from snnk_jax.infinite._layers import Identity as Identity
+from snnk_jax.infinite._layers import Layer as Layer
+from snnk_jax.infinite._layers import LayerNorm as LayerNorm
+from snnk_jax.infinite._layers import NormalizedExponential as NormalizedExponential
+from snnk_jax.infinite._layers import Residual as Residual
+from snnk_jax.infinite._layers import parallel as parallel
+from snnk_jax.infinite._layers import serial as serial
