@@ -214,6 +214,7 @@ EXPERIMENTS = {
     "fit_ridge": "fit_ridge",
     "depth_error": "depth_error",
     "networks": "networks",
+    "cntk": "cntk",
 }
 """Values of ``config.experiment`` and the modules of ``experiments`` behind them."""
 
