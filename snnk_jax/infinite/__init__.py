@@ -4,6 +4,9 @@ The first kernel is the mean of products of channels, ``x @ y / d``; ``Dense`` a
 ``Conv`` have the NTK parameterisation.
 """
 
+from snnk_jax.infinite._kernel import Kernels as Kernels
+from snnk_jax.infinite._kernel import blocks as blocks
+from snnk_jax.infinite._kernel import kernel as kernel
 from snnk_jax.infinite._layers import Activation as Activation
 from snnk_jax.infinite._layers import AvgPool as AvgPool
 from snnk_jax.infinite._layers import Conv as Conv

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snnk_jax.infinite._arctan import angle
 from snnk_jax.typing import Array
 
 _AT_ONE = (1, 1, 3, 15)  # c_n(1)
@@ -117,7 +118,7 @@ def _angle(p: Array, q: Array, r: Array, gap: Array) -> tuple[Array, Array, Arra
     present = (p > 0) & (r > 0)
     scale = jnp.where(present, jnp.sqrt(p), 1) * jnp.where(present, jnp.sqrt(r), 1)
     cos = jnp.where(gap < 0.5, jnp.sqrt(1 - gap), jnp.abs(q) / scale)
-    return jnp.arctan2(sin, cos), sin, cos
+    return angle(sin, cos), sin, cos
 
 
 def _centre(n: int, c: Array) -> Array:

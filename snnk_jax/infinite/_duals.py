@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from snnk_jax import activations
 from snnk_jax.infinite import _arccos, _hermite, _mixture
+from snnk_jax.infinite._arctan import angle
 from snnk_jax.infinite._layers import NormalizedExponential
 from snnk_jax.typing import Array
 
@@ -195,7 +196,7 @@ def _fourier(pair: Pair, atoms: tuple[activations.Atom, ...]) -> tuple[Array, Ar
 def _erf(pair: Pair, a: float, b: float, c: float) -> tuple[Array, Array]:
     pair = scaled(pair, b, b)
     root = jnp.sqrt(1 + 2 * (pair.p + pair.r) + 4 * determinant(pair))
-    k = a**2 * (2 / math.pi) * jnp.arctan2(2 * pair.q, root) + c**2
+    k = a**2 * (2 / math.pi) * angle(2 * pair.q, root) + c**2
     return k, a**2 * b**2 * (4 / math.pi) / root
 
 
@@ -224,7 +225,7 @@ def _gelu(pair: Pair) -> tuple[Array, Array]:
     p, q, r, _ = pair
     square = 1 + p + r + determinant(pair)
     root, volume = jnp.sqrt(square), (1 + p) * (1 + r)
-    turn = 0.25 + jnp.arctan2(q, root) / (2 * math.pi)
+    turn = 0.25 + angle(q, root) / (2 * math.pi)
     k = q * turn + (q * q / square + p * r) * root / (2 * math.pi * volume)
     slope = q / (2 * math.pi * root) * (1 / square + (2 + p + r) / volume)
     return k, turn + slope
@@ -254,13 +255,13 @@ def _noisy(pair: Pair, s: Array, t: Array) -> Array:
 def _smooth_sign(pair: Pair, s: Array, t: Array) -> tuple[Array, Array]:
     r"""Of :math:`\Phi(u / s) - 1/2` and :math:`\Phi(v / t) - 1/2`."""
     root = _noisy(pair, s, t)
-    return jnp.arctan2(pair.q, root) / (2 * math.pi), 1 / (2 * math.pi * root)
+    return angle(pair.q, root) / (2 * math.pi), 1 / (2 * math.pi * root)
 
 
 def _smooth_relu(pair: Pair, s: Array, t: Array) -> tuple[Array, Array]:
     r"""Of :math:`E (u + s g)_+` and :math:`E (v + t g)_+`."""
     root = _noisy(pair, s, t)
-    turn = 0.25 + jnp.arctan2(pair.q, root) / (2 * math.pi)
+    turn = 0.25 + angle(pair.q, root) / (2 * math.pi)
     return pair.q * turn + root / (2 * math.pi), turn
 
 

@@ -6,9 +6,10 @@ function a layer.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from snnk_jax import activations
 from snnk_jax.typing import Array
@@ -317,6 +318,78 @@ def pools(layer: Layer) -> bool:
     if isinstance(layer, Residual):
         return pools(layer.branch)
     return isinstance(layer, AvgPool | GlobalAvgPool)
+
+
+class _Flow(NamedTuple):
+    """What is known of the units at one place of a network.
+
+    Attributes:
+      gaussian: whether they are Gaussian.
+      fresh: for each open fan-out, the innermost last, whether weights lie between.
+    """
+
+    gaussian: bool
+    fresh: tuple[bool, ...] = ()
+
+
+def check_network(layer: Layer) -> None:
+    """Raises ValueError unless the kernel of a network has the formulas of its layers.
+
+    An activation takes Gaussian units, so a Dense or Conv comes before it. Branches
+    that are added are independent: all but one hold a Dense or Conv of their own after
+    their last activation.
+    """
+    flow = _flow(layer, _Flow(gaussian=False))
+    if isinstance(flow, list):
+        raise ValueError("network must end in one branch: FanInSum is missing.")
+
+
+def _flow(layer: Layer, flow: Any) -> Any:
+    if isinstance(layer, Serial):
+        return functools.reduce(lambda f, inner: _flow(inner, f), layer.layers, flow)
+    if isinstance(layer, Parallel):
+        if not isinstance(flow, list) or len(flow) != len(layer.layers):
+            raise ValueError(
+                f"parallel must follow a FanOut({len(layer.layers)}), one copy for "
+                "each of its layers."
+            )
+        return [_flow(*pair) for pair in zip(layer.layers, flow, strict=True)]
+    if isinstance(layer, FanInSum):
+        return _summed(layer, flow)
+    if isinstance(flow, list):
+        raise ValueError(
+            f"layer must stand in a parallel while branches are open. Got {layer!r}."
+        )
+    if isinstance(layer, FanOut):
+        return [flow._replace(fresh=(*flow.fresh, False))] * layer.num
+    if isinstance(layer, Residual):
+        start = flow._replace(fresh=(*flow.fresh, False))
+        return _summed(layer, [start, _flow(layer.branch, start)])
+    if isinstance(layer, Dense | Conv):
+        return _Flow(gaussian=True, fresh=(True,) * len(flow.fresh))
+    if isinstance(layer, Activation):
+        if not flow.gaussian:
+            raise ValueError(
+                f"{layer!r} must come after a Dense or Conv, with no other activation "
+                "between."
+            )
+        return _Flow(gaussian=False, fresh=(False,) * len(flow.fresh))
+    return flow
+
+
+def _summed(layer: Layer, flow: Any) -> _Flow:
+    if not isinstance(flow, list) or any(isinstance(f, list) for f in flow):
+        raise ValueError(f"{layer!r} must follow the branches of one parallel.")
+    if sum(not branch.fresh[-1] for branch in flow) > 1:
+        raise ValueError(
+            f"branches of {layer!r} must be independent: all but one must hold a Dense "
+            "or Conv after their last activation."
+        )
+    outer = zip(*(branch.fresh[:-1] for branch in flow), strict=True)
+    return _Flow(
+        gaussian=all(branch.gaussian for branch in flow),
+        fresh=tuple(all(marks) for marks in outer),
+    )
 
 
 def _check_scales(layer: Any) -> None:
