@@ -65,7 +65,8 @@ def _gap(
     p, r = var1[:, None], var2[None]
     present = (p > 0) & (r > 0)
     units = [
-        x * jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v * x.shape[-1], 1)), 0)[
+        x
+        * jnp.where(v > 0, jax.lax.rsqrt(jnp.where(v > 0, v * x.shape[-1], 1)), 0)[
             ..., None
         ]
         for x, v in ((x1, var1), (x2, var2))
