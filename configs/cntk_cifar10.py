@@ -57,8 +57,9 @@ def get_config(arg: str = "") -> ConfigDict:
                 # Penalties per image, as shares of the mean square of a feature vector.
                 "l2s": (1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
             },
-            # Images whose features are held at a time.
-            "slice_size": 512,
+            # Images whose features are held at a time; fewer are filled up, so that one
+            # program does for all.
+            "slice_size": 64,
         }
     )
     if arg == "gpu":
@@ -66,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.width = (256, 512, 1024)
         config.batch_size = 128
         config.exact.update(error_images=24, block=8)
-        config.cost.images = (512, 1024, 2048)
+        config.cost.images = (5120, 10240, 20480)
         config.error.update(num_features=(8192,), seeds=(0,))
         config.accuracy.update(
             num_features=(8192,), images=(5000, 0), held_out=5000, test_images=0

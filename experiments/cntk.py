@@ -136,10 +136,10 @@ def measure_error(
     images: Images, net: str, num_features: int, seed: int, config: Any
 ) -> dict[str, Any]:
     """Errors of the kernel on a block of training images, relative and centred."""
-    x = jnp.asarray(images.train[0][: config.exact.error_images])
-    exact = np.asarray(_exact(net, x), np.float64)
-    phi = make_features(net, num_features, config, seed)(x)
-    phi = np.asarray(phi, np.float64)
+    x = images.train[0][: config.exact.error_images]
+    exact = np.asarray(_exact(net, jnp.asarray(x)), np.float64)
+    phi = _phi_of(x, make_features(net, num_features, config, seed), config)
+    phi = phi.astype(np.float64)
     error = phi @ phi.T - exact
     return {
         "study": "error",
@@ -203,11 +203,15 @@ def measure_cost(
 
 def _slices(x: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Slices of one shape, the last filled up, and how many rows count."""
-    size = min(size, len(x))
     for start in range(0, len(x), size):
         part = x[start : start + size]
         padding = [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1)
         yield np.pad(part, padding), len(part)
+
+
+def _phi_of(x: np.ndarray, phi: Any, config: Any) -> np.ndarray:
+    parts = _slices(x, config.slice_size)
+    return np.concatenate([np.asarray(phi(part))[:n] for part, n in parts])
 
 
 def measure_accuracy(
@@ -233,9 +237,7 @@ def measure_accuracy(
     )
     start = time.perf_counter()
     held_out = gathered(x[cut:], y[cut:], "held out")
-    tested = np.concatenate(
-        [np.asarray(phi(part))[:n] for part, n in _slices(x_test, config.slice_size)]
-    )
+    tested = _phi_of(x_test, phi, config)
     say(f"features of {len(y_test)} test images")
     stats, done, curve = None, 0, []
     spent = time.perf_counter() - start

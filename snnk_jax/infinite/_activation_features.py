@@ -1,4 +1,4 @@
-r"""Features of an activation: its low Hermite degrees exactly, random ones for the rest.
+r"""Features of an activation: low Hermite degrees exactly, random ones for the rest.
 
 For pre-activations of variance :math:`p = c^2`, with the coefficients
 :math:`a_j(c) = E[\sigma(c g) h_j(g)]`,
@@ -197,7 +197,9 @@ def _sketched(
     params, signs = draw(parameters)
     x = jnp.concatenate([explicit(v) for v in phi], axis=-1)
     powers = sketch.powers(params, _scaled(x, _ratio(jnp.ones_like(c), c)))
-    signed = [s * e.reshape((1,) * c.ndim + (-1,)) for s, e in zip(powers, signs)]
+    signed = [
+        s * e.reshape((1,) * c.ndim + (-1,)) for s, e in zip(powers, signs, strict=True)
+    ]
     low = 2 if options.exact else 0
     a = _hermite.coefficients(function, degree + 1, c)
     first = 1 if options.exact else 0

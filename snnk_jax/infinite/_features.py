@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from snnk_jax import projections
-from snnk_jax.infinite import _layers
+from snnk_jax.infinite import _layers, _positions
 from snnk_jax.infinite._activation_features import activate, compress
 from snnk_jax.infinite._linear import Vectors, explicit, square_norm
 from snnk_jax.infinite.sketches import SRHT
@@ -245,17 +245,22 @@ def _phi(features: Features, params: Params, x: Array) -> Array:
 
         return features._features(take, part.astype(wide))
 
-    size = features.batch_size or _batch_size(features, x.shape[1:])
-    if x.ndim == 2 or len(x) <= size:
-        return batch(x).astype(x.dtype)
-    out = jax.lax.map(lambda e: batch(e[None])[0], x, batch_size=size)
+    size = min(features.batch_size or _batch_size(features, x.shape[1:]), len(x))
+    whole = len(x) - len(x) % size
+    parts = x[:whole].reshape(-1, size, *x.shape[1:])
+    out = jax.lax.map(batch, parts) if len(parts) > 1 else batch(parts[0])
+    out = out.reshape(whole, -1)
+    if whole < len(x):
+        out = jnp.concatenate([out, batch(x[whole:])])
     return out.astype(x.dtype)
 
 
 def _batch_size(features: Features, shape: tuple[int, ...]) -> int:
+    """Examples whose intermediate features take about ``_MEMORY``."""
     positions = math.prod(shape[:-1])
-    widest = max(_width(features, i, positions, positions) for i in range(1))
-    return max(1, _MEMORY // (64 * positions * max(widest, shape[-1])))
+    width = max(_width(features, 0, positions, positions), shape[-1])
+    # Four arrays of nine positions of a filter, of four bytes each.
+    return max(1, _MEMORY // (144 * positions * width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,13 +343,12 @@ def _(layer: _layers.Activation, state: State, build: _Build) -> State:
 
 @walk.register
 def _(layer: _layers.AvgPool, state: State, build: _Build) -> State:
-    # A pool is a convolution of each channel with itself.
-    from snnk_jax.infinite import _positions
-
     def pool(x: Array) -> Array:
-        axes = tuple(range(1, x.ndim - 1))
-        window = (layer.window_shape, layer.strides, layer.padding)
-        return _positions.window_mean(x, *window, axes)  # pyright: ignore
+        axes, strides = tuple(range(1, x.ndim - 1)), layer.strides
+        assert strides is not None
+        return _positions.window_mean(
+            x, layer.window_shape, strides, layer.padding, axes
+        )
 
     return _each(state, build, pool)
 
