@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snnk_jax import activations, projections
 from snnk_jax.infinite import _hermite, _layers
@@ -57,7 +58,7 @@ def activate(
     phi: list[Vectors],
     psi: list[Vectors] | None,
     options: Options,
-    width: Callable[[int, int], int],
+    width: Callable[[int, Sequence[float]], tuple[int, ...]],
     draw: Draw,
 ) -> tuple[list[Vectors], list[Vectors] | None]:
     """Computes features of both kernels after an activation from those before.
@@ -67,8 +68,8 @@ def activate(
       phi: features of the NNGP.
       psi: those of the NTK; None if nobody asked for it, empty where it is zero.
       options: see :func:`snnk_jax.infinite.features`.
-      width: the columns of a random block, of the number of exact columns and of the
-        number of random blocks.
+      width: shares columns out: of the number of exact ones, and the energies of the
+        random blocks.
       draw: the source of the parameters.
     """
     function = layer.activation
@@ -77,23 +78,34 @@ def activate(
     exact_phi, noisy_phi = _cut(phi, options.exact)
     exact_psi, noisy_psi = _cut(psi or [], options.exact)
 
-    def columns() -> int:
-        blocks = 1 + bool(psi)
-        if options.exact:
-            blocks += bool(noisy_phi) + bool(noisy_psi)
-        return width(_columns(exact_phi) + _columns(exact_psi) + options.exact, blocks)
+    level = _energies(layer, phi, psi or [], options)
 
-    m = columns()
+    def columns() -> tuple[int, ...]:
+        fixed = _columns(exact_phi) + _columns(exact_psi) + options.exact
+        parts = [level.rest]
+        if noisy_phi and options.exact:
+            parts.append(level.linear**2 * _energy(noisy_phi))
+        if psi:
+            parts.append(level.steep * _energy(psi))
+        if noisy_psi and options.exact:
+            parts.append(level.slope**2 * _energy(noisy_psi))
+        return width(fixed, parts)
+
+    shares = columns()
     # Copies are for what a projection would not make smaller.
-    if _columns(exact_phi) > m:
+    if _columns(exact_phi) > np.mean(shares):
         exact_phi, noisy_phi = [], phi
-        m = columns()
-    if _columns(exact_psi) > m:
+        shares = columns()
+    if _columns(exact_psi) > np.mean(shares):
         exact_psi, noisy_psi = [], psi or []
-        m = columns()
+        shares = columns()
+    parts = list(shares)
+    m_rest = parts.pop(0)
+    m_phi = parts.pop(0) if noisy_phi and options.exact else 0
+    m_steep = parts.pop(0) if psi else 0
+    m_psi = parts.pop(0) if noisy_psi and options.exact else 0
 
     c = safe_sqrt(square_norm(phi))
-    square = _hermite.power(function, c)
     own = functools.partial(_block, options=options)
     if options.exact:
         a = _hermite.coefficients(function, 2, c)
@@ -102,28 +114,70 @@ def activate(
         constant = linear = jnp.zeros_like(c)
     slope = _mean_slope(function, c) if options.exact and psi else jnp.zeros_like(c)
     rest = _sketched if options.method == "sketch" else _random
+    m = max(m_rest, m_steep)
     r, s = rest(layer, phi, c, constant, linear, slope, bool(psi), m, options, draw)
-    energy = square - constant**2 - (linear * c) ** 2
-    noisy = [own(r, energy)]
+    energy = _hermite.power(function, c) - constant**2 - (linear * c) ** 2
+    noisy = [own(r[..., :m_rest], energy)]
     copies = [_scaled(explicit(v), linear) for v in exact_phi]
+    copied = level.linear**2 * _energy(exact_phi)
+    random = level.rest
     if options.exact:
-        copies = [constant[..., None], *copies]
-        if noisy_phi:
-            kept = _isometry(noisy_phi, m, options, draw)
-            energy = linear**2 * square_norm(noisy_phi)
-            noisy = [own(_scaled(kept, linear), energy), *noisy]
-    after_phi = _vectors(copies, noisy)
+        copies, copied = [constant[..., None], *copies], copied + level.constant**2
+    if m_phi:
+        kept = _isometry(noisy_phi, m_phi, options, draw)
+        energy = linear**2 * square_norm(noisy_phi)
+        noisy = [own(_scaled(kept, linear), energy), *noisy]
+        random += level.linear**2 * _energy(noisy_phi)
+    after_phi = _vectors(copies, noisy, copied, random)
     if not psi:
         return after_phi, psi
-    u = _isometry(psi, m, options, draw)
+    u = _isometry(psi, m_steep, options, draw)
     steep = _hermite.power(function, c, derivative=True) - slope**2
-    noisy = [own(s * u, square_norm(psi) * steep)]
+    noisy = [own(s[..., :m_steep] * u, square_norm(psi) * steep)]
+    random = level.steep * _energy(psi)
     copies = [_scaled(explicit(v), slope) for v in exact_psi]
-    if options.exact and noisy_psi:
-        kept = _isometry(noisy_psi, m, options, draw)
+    copied = level.slope**2 * _energy(exact_psi)
+    if m_psi:
+        kept = _isometry(noisy_psi, m_psi, options, draw)
         energy = slope**2 * square_norm(noisy_psi)
         noisy = [own(_scaled(kept, slope), energy), *noisy]
-    return after_phi, _vectors(copies, noisy)
+        random += level.slope**2 * _energy(noisy_psi)
+    return after_phi, _vectors(copies, noisy, copied, random)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """What the parts of an activation are worth at inputs of mean square one."""
+
+    constant: float
+    linear: float
+    rest: float
+    slope: float
+    steep: float
+
+
+def _energies(
+    layer: _layers.Activation,
+    phi: list[Vectors],
+    psi: list[Vectors],
+    options: Options,
+) -> _Level:
+    function = layer.activation
+    size = _energy(phi) ** 0.5
+    with jax.ensure_compile_time_eval():
+        c = jnp.asarray([size], jnp.float32)
+        square = float(_hermite.power(function, c)[0])
+        steep = float(_hermite.power(function, c, derivative=True)[0]) if psi else 0.0
+        if not options.exact:
+            return _Level(0.0, 0.0, square, 0.0, steep)
+        a0, a1 = _hermite.coefficients(function, 2, c)[0].tolist()
+        slope = float(_mean_slope(function, c)[0]) if psi else 0.0
+    linear = a1 / size if size else 0.0
+    return _Level(a0, linear, square - a0**2 - a1**2, slope, steep - slope**2)
+
+
+def _energy(vectors: Sequence[Vectors]) -> float:
+    return sum(v.after for v in vectors)
 
 
 def compress(
@@ -131,7 +185,8 @@ def compress(
 ) -> Vectors:
     """Projects vectors side by side to m columns, of the same norm."""
     kept = _isometry(vectors, m, options, draw)
-    return Vectors(_block(kept, square_norm(vectors), options))
+    block = _block(kept, square_norm(vectors), options)
+    return Vectors(block, energy=_energy(vectors))
 
 
 def _random(
@@ -271,11 +326,14 @@ def _columns(vectors: Sequence[Vectors]) -> int:
     return sum(v.width for v in vectors)
 
 
-def _vectors(copies: list[Array], noisy: list[Array]) -> list[Vectors]:
-    result = []
+def _vectors(
+    copies: list[Array], noisy: list[Array], copied: float, random: float
+) -> list[Vectors]:
+    result = [Vectors(jnp.concatenate(noisy, axis=-1), energy=max(random, 0.0))]
     if copies:
-        result.append(Vectors(jnp.concatenate(copies, axis=-1), exact=True))
-    return [*result, Vectors(jnp.concatenate(noisy, axis=-1))]
+        columns = jnp.concatenate(copies, axis=-1)
+        result = [Vectors(columns, exact=True, energy=copied), *result]
+    return result
 
 
 def _isometry(

@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from snnk_jax import projections
 from snnk_jax.infinite import _layers, _positions
@@ -281,13 +282,28 @@ class _Build:
     count: int
     seen: int = 0  # activations so far, the current one included
 
-    def width(self, positions: int, fixed: int, blocks: int) -> int:
-        """Columns of a random block of the activation that comes next."""
+    def shares(
+        self, positions: int, fixed: int, energies: Sequence[float]
+    ) -> tuple[int, ...]:
+        """Columns of the random blocks of an activation.
+
+        In proportion to their energies, which makes the variance of the sum of their
+        kernels least; equal with positions, where means over them take most of the
+        variance of the largest block, random in sign, away.
+        """
+        blocks = len(energies)
         if self.seen == self.count:
-            share = (self.options.num_features - 1 - fixed) // blocks
-            # A few columns of zeros are a small price for whole tiles.
-            return max(1, share if positions == 1 or share < 64 else share - share % 8)
-        return _width(self.options, self.seen - 1, self.positions, positions)
+            total = max(self.options.num_features - 1 - fixed, blocks)
+        else:
+            index = self.seen - 1
+            total = blocks * _width(self.options, index, self.positions, positions)
+        weights = np.maximum(energies, 1e-3 * max(sum(energies), 1e-30))
+        if self.positions > 1:
+            weights = np.ones(blocks)
+        columns = np.floor(total * weights / weights.sum()).astype(int)
+        if positions > 1:  # whole tiles of a processor, for a few columns less
+            columns = np.where(columns < 64, columns, columns // 8 * 8)
+        return tuple(int(n) for n in np.maximum(columns, 1))
 
 
 def _width(options: Features, index: int, positions: int, left: int) -> int:
@@ -337,7 +353,7 @@ def _(layer: _layers.Activation, state: State, build: _Build) -> State:
         options = dataclasses.replace(options, method="sketch")
     build.seen += 1
     positions = math.prod(square_norm(state.phi).shape[1:])
-    width = functools.partial(build.width, positions)
+    width = functools.partial(build.shares, positions)
     return State(*activate(layer, state.phi, state.psi, options, width, build.draw))
 
 
@@ -372,7 +388,8 @@ def _(layer: _layers.LayerNorm, state: State, build: _Build) -> State:
     square = square_norm(state.phi)
     present = square > 0
     root = jnp.where(present, jax.lax.rsqrt(jnp.where(present, square, 1)), 0)
-    return _each(state, build, lambda x: x * root[..., None])
+    total = sum(v.after for v in state.phi)
+    return _each(state, build, lambda x: x * root[..., None], 1 / max(total, 1e-30))
 
 
 @walk.register
@@ -422,7 +439,7 @@ def _settled(vectors: list[Vectors], build: _Build) -> list[Vectors]:
         if v.layer is None:
             result.append(v)
         elif v.taps == 1 or v.width <= build.options.num_features:
-            result.append(Vectors(explicit(v), exact=v.exact))
+            result.append(Vectors(explicit(v), exact=v.exact, energy=v.after))
         else:
             wide.append(v)
     if wide:
@@ -431,12 +448,19 @@ def _settled(vectors: list[Vectors], build: _Build) -> list[Vectors]:
     return result
 
 
-def _each(state: State, build: _Build, fn: Callable[[Array], Array]) -> State:
+def _each(
+    state: State, build: _Build, fn: Callable[[Array], Array], gain: float = 1.0
+) -> State:
+    """Applies a function to all features; the energy changes by the gain."""
+
     def apply(vectors: list[Vectors] | None) -> Any:
         if vectors is None:
             return None
         settled = _settled(vectors, build)
-        return [dataclasses.replace(v, array=fn(v.array)) for v in settled]
+        return [
+            dataclasses.replace(v, array=fn(v.array), energy=gain * v.energy)
+            for v in settled
+        ]
 
     return State(apply(state.phi), apply(state.psi))
 

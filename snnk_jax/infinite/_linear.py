@@ -29,12 +29,21 @@ class Vectors:
       layer: a Dense or Conv to be applied, or None.
       exact: whether they are free of randomness, and so worth a copy as they are.
       bias: whether the bias of the layer belongs to them.
+      energy: the squared norm of ``array`` that inputs of mean square one have, or
+        about that; only numbers of columns depend on it.
     """
 
     array: Array
     layer: _layers.Dense | _layers.Conv | None = None
     exact: bool = False
     bias: bool = True
+    energy: float = 1.0
+
+    @property
+    def after(self) -> float:
+        """The energy after the layer."""
+        w_std = 1.0 if self.layer is None else self.layer.w_std
+        return self.energy * w_std**2 + self.offset**2
 
     @property
     def taps(self) -> int:
