@@ -4,7 +4,10 @@ The first kernel is the mean of products of channels, ``x @ y / d``; ``Dense`` a
 ``Conv`` have the NTK parameterisation.
 """
 
+from snnk_jax.infinite import sketches as sketches
 from snnk_jax.infinite._empirical import empirical as empirical
+from snnk_jax.infinite._features import Features as Features
+from snnk_jax.infinite._features import features as features
 from snnk_jax.infinite._finite import FiniteNetwork as FiniteNetwork
 from snnk_jax.infinite._finite import finite as finite
 from snnk_jax.infinite._kernel import Kernels as Kernels
@@ -38,3 +41,5 @@ from snnk_jax.infinite._predict import gp_posterior as gp_posterior
 from snnk_jax.infinite._predict import gradient_flow as gradient_flow
 from snnk_jax.infinite._predict import kernel_ridge as kernel_ridge
 from snnk_jax.infinite._predict import one_hot as one_hot
+from snnk_jax.infinite._suggest import Suggestion as Suggestion
+from snnk_jax.infinite._suggest import suggest_features as suggest_features

@@ -13,12 +13,13 @@ import numpy as np
 from snnk_jax import projections
 from snnk_jax.infinite import _layers, _positions
 from snnk_jax.infinite._activation_features import activate, compress
+from snnk_jax.infinite._gradient_features import gradient_features
 from snnk_jax.infinite._linear import Vectors, explicit, square_norm
 from snnk_jax.infinite.sketches import SRHT
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
 
 Kind = Literal["ntk", "nngp"]
-METHODS = ("random", "sketch")
+METHODS = ("random", "sketch", "gradient")
 Precision = Literal["default", "high", "highest"]
 # Bytes of intermediate features that a batch is meant to take.
 _MEMORY = 1 << 28
@@ -55,7 +56,8 @@ class Features:
       net: the network.
       num_features: columns of :meth:`phi`, all of them real.
       kind: ``"ntk"`` or ``"nngp"``.
-      method: ``"random"`` or ``"sketch"``; by default random, except for functions
+      method: ``"random"``, ``"sketch"``, or ``"gradient"``, the gradients of a finite
+        network as a baseline for the NTK; by default random, except for functions
         that have no features but a series.
       degree: the highest Hermite degree of a sketch.
       width: columns of a random block of each activation but the last, whose blocks
@@ -97,7 +99,7 @@ class Features:
     net: _layers.Layer
     num_features: int
     kind: Kind = "ntk"
-    method: Literal["auto", "random", "sketch"] = "auto"
+    method: Literal["auto", "random", "sketch", "gradient"] = "auto"
     degree: int = 8
     width: int | tuple[int, ...] = 0
     exact: bool = True
@@ -121,6 +123,10 @@ class Features:
                 raise ValueError(
                     f"{name} must be at least {least}. Got {getattr(self, name)}."
                 )
+        if self.method == "gradient" and self.kind != "ntk":
+            raise ValueError(
+                f"kind must be 'ntk' for gradient features. Got {self.kind!r}."
+            )
         if self.precision not in (None, "default", "high", "highest"):
             raise ValueError(
                 "precision must be None, 'default', 'high' or 'highest'. "
@@ -152,10 +158,10 @@ class Features:
         for layer in functions(self.net):
             function: Any = layer.activation
             series = isinstance(function, _layers.NormalizedExponential)
-            if series and self.method == "random":
+            if series and self.method in ("random", "gradient"):
                 raise ValueError(
                     "method must be 'sketch' or 'auto' for NormalizedExponential. "
-                    "Got 'random'."
+                    f"Got {self.method!r}."
                 )
             if self.projection == "spherical" and (
                 self.exact or series or function.degree is None
@@ -216,6 +222,8 @@ class Features:
 
     def _features(self, draw: Any, x: Array) -> Array:
         """The features of one batch, in float32 or better."""
+        if self.method == "gradient":
+            return gradient_features(self.net, x, self.num_features, draw)
         count = len(functions(self.net))
         build = _Build(self, draw, math.prod(x.shape[1:-1]), count)
         start = Vectors(x * x.shape[-1] ** -0.5, exact=True)

@@ -66,8 +66,8 @@ class Sketch(abc.ABC):
 class OSNAP(Sketch):
     r"""Each coordinate goes, with a random sign, to one bucket of each of s blocks.
 
-    The m columns are shared out over s blocks, each a count sketch over :math:`\sqrt s`:
-    :math:`\mathrm{Var} = O(1/m)` as for s = 1, but with tails that fall with s.
+    The m columns are shared out over s blocks, each a count sketch, over
+    :math:`\sqrt s`: the variance is O(1/m) as for s = 1, the tails fall with s.
 
     Args:
       num_features: m, at least ``sparsity``.
