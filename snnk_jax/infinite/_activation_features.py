@@ -15,7 +15,7 @@ norm that it has in the limit, which is known.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ Draw = Callable[[Callable[[PRNGKeyArray], Any]], Any]
 _WIDE = 4
 
 
+@runtime_checkable
 class Options(Protocol):
     """What the features of an activation depend on besides its input."""
 

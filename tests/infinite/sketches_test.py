@@ -1,4 +1,4 @@
-"""Sketches: unbiased at the predicted rate, against their definitions, sparse inputs."""
+"""Sketches: unbiased at the predicted rate, by definition, of sparse inputs."""
 
 import copy
 import functools
@@ -82,7 +82,9 @@ def test_srht_is_rows_of_the_hadamard_matrix():
     sketch = sketches.SRHT(num_features=21)
     params = sketch.init(jax.random.key(0), DIM)
     hadamard = scipy.linalg.hadamard(16)[:, :DIM]
-    dense = np.concatenate([hadamard * s for s in np.asarray(params["signs"])])[params["rows"]]
+    dense = np.concatenate([hadamard * s for s in np.asarray(params["signs"])])[
+        params["rows"]
+    ]
     np.testing.assert_allclose(
         sketch.apply(params, jnp.eye(DIM)), dense.T / 21**0.5, **CLOSE
     )
@@ -125,9 +127,7 @@ def test_all_powers_are_unbiased(degree):
     def one(key):
         params = sketch.init(key, DIM)
         left, right = sketch.powers(params, x), sketch.powers(params, y)
-        return jnp.stack(
-            [jnp.sum(a * b) for a, b in zip(left, right, strict=True)]
-        )
+        return jnp.stack([jnp.sum(a * b) for a, b in zip(left, right, strict=True)])
 
     keys = jax.random.split(jax.random.key(degree), KEYS)
     values = np.asarray(jax.jit(jax.vmap(one))(keys), np.float64)
@@ -225,9 +225,7 @@ def test_bfloat16_is_kept_and_accumulated_wider(name):
 def test_gradients_are_finite_at_zero(name):
     sketch = VECTORS[name](10)
     params = sketch.init(jax.random.key(0), DIM)
-    gradient = jax.grad(lambda x: jnp.sum(sketch.apply(params, x) ** 2))(
-        jnp.zeros(DIM)
-    )
+    gradient = jax.grad(lambda x: jnp.sum(sketch.apply(params, x) ** 2))(jnp.zeros(DIM))
     assert np.all(np.isfinite(gradient))
 
 
