@@ -56,32 +56,32 @@ class Images:
         )
 
     @functools.cached_property
-    def train(self) -> tuple[np.ndarray, np.ndarray]:
-        """Training images ``float32[n, h, w, 3]`` in random order, and labels."""
+    def _raw_train(self) -> tuple[np.ndarray, np.ndarray]:
         parts = [_all(self._raw.train), _all(self._raw.val)]
         x, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return x, y
+
+    @functools.cached_property
+    def _whitening(self) -> tuple[Array, Array]:
+        return _fit_whitening(jnp.asarray(self._raw_train[0]), self._config.zca)
+
+    @functools.cached_property
+    def train(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training images ``float32[n, h, w, 3]`` in random order, and labels."""
+        x, y = self._raw_train
         order = np.random.default_rng(self._config.seed).permutation(len(y))
-        return _whiten(x[order], *self._whitening(x)), y[order]
+        return _whiten(x[order], *self._whitening), y[order]
 
     @functools.cached_property
     def test(self) -> tuple[np.ndarray, np.ndarray]:
         """Test images, as the training images, and labels."""
         x, y = _all(self._raw.test)
         size = self._config.accuracy.test_images or len(y)
-        return _whiten(x[:size], *self._fitted), y[:size]
+        return _whiten(x[:size], *self._whitening), y[:size]
 
     @property
     def classes(self) -> int:
         return self._raw.num_classes
-
-    @functools.cached_property
-    def _fitted(self) -> tuple[Array, Array]:
-        assert self.train
-        return self._kept
-
-    def _whitening(self, x: np.ndarray) -> tuple[Array, Array]:
-        self._kept = _fit_whitening(jnp.asarray(x), self._config.zca)
-        return self._kept
 
 
 def _all(split: Any) -> tuple[np.ndarray, np.ndarray]:
