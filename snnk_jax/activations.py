@@ -521,7 +521,7 @@ def _hermite_row(n: int = 2) -> Activation:
 
 def _leaky_relu_row(negative_slope: float = 0.01) -> Activation:
     fn = _bind(_leaky_relu, negative_slope)
-    dual = Dual("rectified", (1, -float(negative_slope), 1))
+    dual = Dual("rectified", (1.0, -float(negative_slope), 1.0))
     return Activation("leaky_relu", fn, degree=1, kinks=(0.0,), dual=dual)
 
 
@@ -545,8 +545,8 @@ def _rbf_row(gamma: float = 0.5) -> Activation:
 
 def _rectified_monomial_row(n: int = 2) -> Activation:
     _check_degree(n)
-    fn = _bind(_rectified_monomial, n) if n else _step
-    dual = Dual("rectified", (n, 0, 1)) if n <= 3 else None
+    fn = _bind(_rectified_monomial, float(n)) if n else _step
+    dual = Dual("rectified", (float(n), 0.0, 1.0)) if n <= 3 else None
     return Activation("rectified_monomial", fn, degree=n, kinks=(0.0,), dual=dual)
 
 
@@ -587,7 +587,7 @@ _FAMILIES: dict[str, Callable[..., Activation]] = {
 # Rows without parameters, and their aliases.
 _ROWS: dict[str, Activation] = {
     "abs": Activation(
-        "abs", _abs, degree=1, kinks=(0.0,), dual=Dual("rectified", (1, 1, 1))
+        "abs", _abs, degree=1, kinks=(0.0,), dual=Dual("rectified", (1.0, 1.0, 1.0))
     ),
     "gabor": Activation(
         "gabor",
@@ -606,23 +606,23 @@ _ROWS: dict[str, Activation] = {
         "normal_cdf", _normal_cdf, dual=Dual("erf", (0.5, math.sqrt(0.5), 0.5))
     ),
     "relu": Activation(
-        "relu", _relu, degree=1, kinks=(0.0,), dual=Dual("rectified", (1, 0, 1))
+        "relu", _relu, degree=1, kinks=(0.0,), dual=Dual("rectified", (1.0, 0.0, 1.0))
     ),
     "sech": Activation(
         "sech", _sech, spectrum=Spectrum(_sech_density, decay=math.pi / 2)
     ),
     "selu": Activation("selu", _selu, kinks=(0.0,)),
-    "sigmoid": Activation("sigmoid", _sigmoid, dual=Dual("sigmoid", (1, 1, 0))),
+    "sigmoid": Activation("sigmoid", _sigmoid, dual=Dual("sigmoid", (1.0, 1.0, 0.0))),
     "sign": Activation(
-        "sign", _sign, degree=0, kinks=(0.0,), dual=Dual("rectified", (0, -1, 1))
+        "sign", _sign, degree=0, kinks=(0.0,), dual=Dual("rectified", (0.0, -1.0, 1.0))
     ),
     "silu": Activation("silu", _silu, dual=Dual("silu")),
     "softplus": Activation("softplus", _softplus, dual=Dual("softplus")),
     "step": Activation(
-        "step", _step, degree=0, kinks=(0.0,), dual=Dual("rectified", (0, 0, 1))
+        "step", _step, degree=0, kinks=(0.0,), dual=Dual("rectified", (0.0, 0.0, 1.0))
     ),
     "swish": Activation("silu", _silu, dual=Dual("silu")),
-    "tanh": Activation("tanh", _tanh, dual=Dual("sigmoid", (2, 2, -1))),
+    "tanh": Activation("tanh", _tanh, dual=Dual("sigmoid", (2.0, 2.0, -1.0))),
 }
 
 
@@ -639,7 +639,7 @@ def names() -> tuple[str, ...]:
 
 def get(
     activation: str | Activation | Callable[[Array], Array],
-    **parameters: float | bool | Sequence[float],
+    **parameters: int | float | bool | Sequence[float],
 ) -> Activation:
     r"""Returns the row of an activation.
 

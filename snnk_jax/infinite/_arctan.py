@@ -47,6 +47,5 @@ def _series(terms: int) -> tuple[float, ...]:
     points = np.cos((2 * np.arange(terms) + 1) / (2 * terms) * np.pi)
     w = np.sqrt(_LARGEST * (points + 1) / 2)
     fit = np.polynomial.Chebyshev.fit(points, np.arctan(w) / w, terms - 1, [-1, 1])
-    return tuple(
-        float(c) for c in fit.convert(kind=np.polynomial.Polynomial).coef[::-1]
-    )
+    powers = fit.convert(kind=np.polynomial.Polynomial).coef
+    return tuple(float(c) for c in powers[::-1])

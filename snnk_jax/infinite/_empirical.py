@@ -59,7 +59,8 @@ def empirical(
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> import snnk_jax as snnk
-      >>> graph, params, rest = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), nnx.Param, ...)
+      >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      >>> graph, params, rest = nnx.split(model, nnx.Param, ...)
       >>> def apply(params, x):
       ...     return nnx.merge(graph, params, rest)(x)
       >>> x = jnp.ones((4, 3))

@@ -128,13 +128,12 @@ def _(layer: _layers.Conv, key: Any, x: Any, width: int) -> Params:
 def _(layer: _layers.Conv, params: Params, x: Array) -> Array:
     kernel = params["kernel"].astype(x.dtype)
     scale = layer.w_std / kernel[..., 0].size ** 0.5
-    assert layer.strides is not None
     x = _pad(layer, layer.filter_shape, x)
     letters = "hwxyz"[: len(layer.filter_shape)]
     y = jax.lax.conv_general_dilated(
         x,
         kernel,
-        layer.strides,
+        layer.strides or (),
         "VALID",
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
     )
@@ -165,9 +164,8 @@ def _(layer: _layers.Activation, params: Params, x: Array) -> Array:
 @_apply.register
 def _(layer: _layers.AvgPool, params: Params, x: Array) -> Array:
     axes = tuple(range(1, x.ndim - 1))
-    assert layer.strides is not None
     return _positions.window_mean(
-        x, layer.window_shape, layer.strides, layer.padding, axes
+        x, layer.window_shape, layer.strides or (), layer.padding, axes
     )
 
 

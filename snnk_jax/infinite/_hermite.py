@@ -281,7 +281,7 @@ def _fixed_rule(num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def panels(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Legendre nodes of all panels, and their weights under the Gaussian."""
-    half = np.diff(edges)[:, None] / 2
-    g = ((edges[1:] + edges[:-1])[:, None] / 2 + half * _NODES).reshape(-1)
-    weights = (half * _WEIGHTS).reshape(-1)
+    half = np.diff(edges)[..., None] / 2
+    g = (edges[..., 1:] + edges[..., :-1])[..., None] / 2 + half * _NODES
+    g, weights = (z.reshape((*edges.shape[:-1], -1)) for z in (g, half * _WEIGHTS))
     return g, weights * np.exp(-(g**2) / 2) / math.sqrt(2 * math.pi)

@@ -31,7 +31,8 @@ def input_state(
         return _pairs(x1, x2, ntk)
     channels = x1.shape[-1]
     if num:
-        dims = ((x1.ndim - 1,), (x2.ndim - 1,)), (tuple(range(1, num + 1)),) * 2
+        positions = tuple(range(1, num + 1))
+        dims = ((x1.ndim - 1,), (x2.ndim - 1,)), (positions, positions)
         q = jax.lax.dot_general(x1, x2, dims, precision=_HIGHEST) / channels
         q = jnp.moveaxis(q, (num, num + 1), (0, 1))
     else:

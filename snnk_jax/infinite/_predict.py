@@ -50,7 +50,7 @@ class Posterior(NamedTuple):
 def kernel_ridge(
     train: Any,
     y: Any,
-    l2: float | Sequence[float] | None = None,
+    l2: float | Sequence[float] | np.ndarray | None = None,
     *,
     intercept: bool = True,
 ) -> KernelRidge:

@@ -115,7 +115,7 @@ def _(layer: _layers.Dense, state: State) -> State:
 def _(layer: _layers.Conv, state: State) -> State:
     def mean(x: Array, *groups: tuple[int, ...]) -> Array:
         return _positions.window_mean(
-            x, layer.filter_shape, layer.strides, layer.padding, *groups
+            x, layer.filter_shape, layer.strides or (), layer.padding, *groups
         )
 
     return _affine(_average(state, mean), layer.w_std, layer.b_std)
@@ -144,7 +144,7 @@ def _(layer: _layers.AvgPool, state: State) -> State:
     def mean(x: Array, *groups: tuple[int, ...]) -> Array:
         for group in groups:
             x = _positions.window_mean(
-                x, layer.window_shape, layer.strides, layer.padding, group
+                x, layer.window_shape, layer.strides or (), layer.padding, group
             )
         return x
 
@@ -266,7 +266,9 @@ def _add(one: State, other: State) -> State:
             "branches must end with the same positions. "
             f"Got {one.var1.shape[1:]} and {other.var1.shape[1:]}."
         )
-    ntk = None if one.ntk is None else one.ntk + other.ntk
+    ntk = None
+    if one.ntk is not None and other.ntk is not None:
+        ntk = one.ntk + other.ntk
     var1, var2 = one.var1 + other.var1, one.var2 + other.var2
     after = State(one.nngp + other.nngp, ntk, one.gap, var1, var2, one.pairs)
     gap = _summed_gap(

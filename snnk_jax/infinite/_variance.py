@@ -43,7 +43,7 @@ def _(layer: _layers.Activation, p: Array) -> Array:
 def _(layer: _layers.Conv, p: Array) -> Array:
     axes = tuple(range(1, p.ndim))
     mean = _positions.window_mean(
-        p, layer.filter_shape, layer.strides, layer.padding, axes
+        p, layer.filter_shape, layer.strides or (), layer.padding, axes
     )
     return layer.w_std**2 * mean + layer.b_std**2
 
