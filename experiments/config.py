@@ -225,6 +225,10 @@ EXPERIMENTS = {
     "depth_error": "depth_error",
     "networks": "networks",
     "bert_pooler": "bert_pooler",
+    "cntk": "cntk",
+    "ntk_tables": "ntk_tables",
+    "dual_error": "dual_error",
+    "ntk_images": "ntk_images",
 }
 """Values of ``config.experiment`` and the modules of ``experiments`` behind them."""
 

@@ -202,9 +202,12 @@ def _save(figure: Any, path: str | pathlib.Path) -> None:
 
 
 def depth_curves(
-    path: str | pathlib.Path, panels: Mapping[str, Mapping[str, Any]], ylabel: str
+    path: str | pathlib.Path,
+    panels: Mapping[str, Mapping[str, Any]],
+    ylabel: str,
+    xlabel: str = "depth",
 ) -> None:
-    """Draws error against depth, log, in rows of three panels.
+    """Draws error against depth or degree, log, in rows of three panels.
 
     Each curve is an array ``[seed, depth]``, drawn as median and range; it ends where
     values are not finite. Bounds are dashed, all panels share one legend and the limits
@@ -230,7 +233,7 @@ def depth_curves(
             axis.fill_between(
                 depths[shown], low[shown], high[shown], color=color, alpha=0.15
             )
-        axis.set(yscale="log", title=title, xlabel="depth")
+        axis.set(yscale="log", title=title, xlabel=xlabel)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylim(top=min(axis.get_ylim()[1], 1e4))
         axis.grid(alpha=0.3)

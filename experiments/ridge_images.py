@@ -16,7 +16,7 @@ import numpy as np
 from experiments import plots
 from experiments.data import mnist_arrays
 from experiments.report import markdown
-from snnk_jax import ridge
+from snnk_jax import infinite, ridge
 from snnk_jax.features import ArcCosine, Chain, FeatureMap
 from snnk_jax.typing import Array, Float, Params, PRNGKeyArray
 
@@ -131,6 +131,21 @@ class OfPixels:
         return self.features.phi(params, (flat - mean[None]) * scale)
 
 
+def pixel_scale(images: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Each pixel's mean, and one over the root mean square norm around it."""
+    x = images.x_train.reshape(len(images.x_train), -1).astype(np.float32)
+    mean = x.mean(axis=0)
+    return mean, 1 / np.sqrt(np.mean(np.sum((x - mean) ** 2, axis=1)))
+
+
+def relu_network(depth: int) -> infinite.Layer:
+    """``depth`` dense ReLU layers that keep the norm, and a dense one."""
+    layers: list[infinite.Layer] = []
+    for _ in range(depth):
+        layers += [infinite.Dense(w_std=2**0.5), infinite.Activation("relu")]
+    return infinite.serial(*layers, infinite.Dense())
+
+
 def make_map(
     name: str, num_features: int, images: Images, config: Any, seed: int
 ) -> tuple[Callable[[Any], Array], int]:
@@ -139,10 +154,14 @@ def make_map(
     The training images give the centre and the scale: each pixel's mean and the root
     mean square norm; for patches, the mean and the spread over all pixels.
     """
-    x = images.x_train.reshape(len(images.x_train), -1).astype(np.float32)
-    mean = x.mean(axis=0)
+    mean, scale = pixel_scale(images)
     key = jax.random.key(seed)
-    if name == "patches":
+    if name == "ntk":
+        width = min(config.width, num_features)
+        features = relu_network(config.depth).features(num_features, width=width)
+        params = features.init(key, mean.shape)
+    elif name == "patches":
+        x = images.x_train.reshape(len(images.x_train), -1).astype(np.float32)
         mean[:] = mean.mean()
         scale = 1 / np.sqrt(np.mean((x - mean) ** 2))
         cells = config.patches.cells
@@ -153,10 +172,9 @@ def make_map(
         )
         params = features.init(key)
     else:
-        scale = 1 / np.sqrt(np.mean(np.sum((x - mean) ** 2, axis=1)))
         last = ArcCosine(num_features=num_features)
         features = Chain((last, last)) if name == "relu_relu" else last
-        params = features.init(key, x.shape[1])
+        params = features.init(key, len(mean))
     phi = OfPixels(features).phi
     frozen = sum(leaf.size for leaf in jax.tree.leaves(params))
     return functools.partial(phi, params, jnp.asarray(mean), jnp.asarray(scale)), frozen

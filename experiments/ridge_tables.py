@@ -412,11 +412,14 @@ def _classification(
     tables = list(dict.fromkeys(t for method in means.values() for t in method))
     shared = [t for t in tables if all(t in found for found in means.values())]
     everywhere = [m for m in means if len(means[m]) == len(tables)]
-    parts = [f"Over all {len(tables)} sets:", _summary(means, everywhere, tables)]
+    parts = [
+        f"Over all {len(tables)} sets:",
+        summary(means, everywhere, tables, TITLES),
+    ]
     if len(shared) < len(tables) and shared:
         parts += [
             f"Over the {len(shared)} sets that every method ran on:",
-            _summary(means, list(means), shared),
+            summary(means, list(means), shared, TITLES),
         ]
     shares = np.linspace(0.8, 1, 81)
     best = {t: max(means[m][t] for m in everywhere) for t in tables}
@@ -439,8 +442,11 @@ def _classification(
     return [*parts, "![profile](profile.png)", per_set]
 
 
-def _summary(
-    means: dict[str, dict[str, float]], methods: Sequence[str], tables: Sequence[str]
+def summary(
+    means: dict[str, dict[str, float]],
+    methods: Sequence[str],
+    tables: Sequence[str],
+    titles: dict[str, str],
 ) -> str:
     """As in Table 1 of Arora et al., arXiv 1910.01663."""
     values = np.array([[means[m][t] for t in tables] for m in methods])
@@ -453,7 +459,7 @@ def _summary(
         shares = row / best
         lines.append(
             [
-                TITLES[method],
+                titles[method],
                 *(f"{100 * v:.2f}" for v in (row.mean(), row.std())),
                 f"{rank:.2f}",
                 *(f"{100 * np.mean(shares >= p):.1f}" for p in (0.9, 0.95)),

@@ -9,6 +9,7 @@ from snnk_jax import bundling as bundling
 from snnk_jax import calibration as calibration
 from snnk_jax import diagnostics as diagnostics
 from snnk_jax import features as features
+from snnk_jax import infinite as infinite
 from snnk_jax import kernels as kernels
 from snnk_jax import models as models
 from snnk_jax import nn as nn

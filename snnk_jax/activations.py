@@ -74,6 +74,36 @@ class Spectrum:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dual:
+    r"""Names the closed form of :math:`E[f(u) f(v)]` for Gaussian u and v.
+
+    The forms stand in ``snnk_jax.infinite``. Functions of ``atoms`` or
+    ``coefficients`` have one without being told.
+
+    ============== ========================= =================================
+    family         parameters                function
+    ============== ========================= =================================
+    ``rectified``  n = 0, 1, 2 or 3, l, r    :math:`r z_+^n + l\,(-z)_+^n`
+    ``erf``        a, b, c                   :math:`a\,\mathrm{erf}(bz)+c`
+    ``exp``        a, b                      :math:`a e^{bz}`
+    ``gaussian``   a, b                      :math:`a e^{bz^2}`, b < 0
+    ``gabor``                                :math:`e^{-z^2}\sin z`
+    ``gelu``                                 :math:`z \Phi(z)`
+    ``sigmoid``    a, b, c                   :math:`a / (1 + e^{-bz}) + c`
+    ``silu``                                 :math:`z / (1 + e^{-z})`
+    ``softplus``                             :math:`\log(1 + e^z)`
+    ============== ========================= =================================
+
+    Args:
+      family: the name.
+      parameters: of the function.
+    """
+
+    family: str
+    parameters: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Activation:
     """A scalar function and what is known about it.
 
@@ -91,6 +121,7 @@ class Activation:
         polynomial.
       derivative: the first derivative, for functions that JAX differentiates wrongly
         or poorly; None: by JAX.
+      dual: which closed form its dual kernels have; None if none is known or needed.
 
     Raises:
       ValueError: for functions that are not callable, kinks that are not finite and
@@ -112,6 +143,7 @@ class Activation:
     kinks: tuple[float, ...] = ()
     coefficients: tuple[float, ...] = ()
     derivative: Callable[[Array], Array] | None = None
+    dual: Dual | None = None
 
     def __post_init__(self):
         if not callable(self.fn):
@@ -326,8 +358,8 @@ def _gabor(z: Array) -> Array:
     return jnp.exp(-jnp.square(z)) * jnp.sin(z)
 
 
-def _gaussian(z: Array, scale: float) -> Array:
-    return jnp.exp(-0.5 * jnp.square(z / scale))
+def _gaussian(z: Array, a: float, b: float) -> Array:
+    return a * jnp.exp(b * jnp.square(z))
 
 
 def _gelu(z: Array) -> Array:
@@ -350,11 +382,19 @@ def _leaky_relu(z: Array, negative_slope: float) -> Array:
     return jax.nn.leaky_relu(z, negative_slope)
 
 
+def _normal_cdf(z: Array) -> Array:
+    return 0.5 * jax.lax.erfc(-math.sqrt(0.5) * z)
+
+
 def _polynomial(z: Array, *coefficients: float) -> Array:
     value = jnp.full_like(z, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         value = value * z + coefficient
     return value
+
+
+def _rectified_monomial(z: Array, n: float) -> Array:
+    return jax.nn.relu(z) ** int(n)
 
 
 def _relu(z: Array) -> Array:
@@ -402,8 +442,8 @@ def _normal(s: np.ndarray, mean: float, std: float) -> np.ndarray:
     return np.exp(-0.5 * ((s - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
 
 
-def _gaussian_density(s: np.ndarray, scale: float) -> np.ndarray:
-    return 2 * _normal(s, 0.0, 1 / scale)
+def _gaussian_density(s: np.ndarray, a: float, b: float) -> np.ndarray:
+    return 2 * a * _normal(s, 0.0, math.sqrt(-2 * b))
 
 
 def _gabor_density(s: np.ndarray) -> np.ndarray:
@@ -438,36 +478,93 @@ def _elu_row(alpha: float = 1.0) -> Activation:
 
 
 def _erf_row(a: float = 1.0, b: float = 1.0, c: float = 0.0) -> Activation:
-    return Activation("erf", _bind(_erf, a, b, c))
+    fn = _bind(_erf, a, b, c)
+    return Activation("erf", fn, dual=Dual("erf", fn.parameters))
 
 
 def _exp_row(a: float = 1.0, b: float = 1.0) -> Activation:
-    return Activation("exp", _bind(_exp, a, b))
+    fn = _bind(_exp, a, b)
+    return Activation("exp", fn, dual=Dual("exp", fn.parameters))
 
 
-def _gaussian_row(scale: float = 1.0) -> Activation:
+def _gaussian_row(
+    scale: float | None = None, a: float = 1.0, b: float | None = None
+) -> Activation:
+    if scale is not None and b is not None:
+        raise ValueError(f"scale must be absent if b is given. Got {scale} and {b}.")
+    scale = 1.0 if scale is None else scale
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite. Got {scale}.")
-    spectrum = Spectrum(_bind(_gaussian_density, scale))
-    return Activation("gaussian", _bind(_gaussian, scale), spectrum=spectrum)
+    b = -0.5 / scale**2 if b is None else b
+    if not -math.inf < b < 0:
+        raise ValueError(f"b must be negative and finite. Got {b}.")
+    fn = _bind(_gaussian, a, b)
+    return Activation(
+        "gaussian",
+        fn,
+        spectrum=Spectrum(_bind(_gaussian_density, a, b)),
+        dual=Dual("gaussian", fn.parameters),
+    )
 
 
 def _gelu_row(approximate: bool = False) -> Activation:
-    return Activation("gelu", _gelu_by_tanh if approximate else _gelu)
+    if approximate:
+        return Activation("gelu", _gelu_by_tanh)
+    return Activation("gelu", _gelu, dual=Dual("gelu"))
+
+
+def _hermite_row(n: int = 2) -> Activation:
+    _check_degree(n)
+    series = np.polynomial.hermite_e.herme2poly(np.eye(1, n + 1, n)[0])
+    return _series_row("hermite", series / math.sqrt(math.factorial(n)))
 
 
 def _leaky_relu_row(negative_slope: float = 0.01) -> Activation:
     fn = _bind(_leaky_relu, negative_slope)
-    return Activation("leaky_relu", fn, degree=1, kinks=(0.0,))
+    dual = Dual("rectified", (1.0, -float(negative_slope), 1.0))
+    return Activation("leaky_relu", fn, degree=1, kinks=(0.0,), dual=dual)
+
+
+def _monomial_row(n: int = 2) -> Activation:
+    _check_degree(n)
+    return _series_row("monomial", np.eye(1, n + 1, n)[0])
 
 
 def _polynomial_row(coefficients: Sequence[float] = (0.0, 0.0, 1.0)) -> Activation:
     if len(coefficients) == 0:
         raise ValueError("coefficients must have at least one entry. Got none.")
+    return _series_row("polynomial", coefficients)
+
+
+def _rbf_row(gamma: float = 0.5) -> Activation:
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma must be positive and finite. Got {gamma}.")
+    row = _sin_row(math.sqrt(2), math.sqrt(2 * gamma), math.pi / 4)
+    return dataclasses.replace(row, name="rbf")
+
+
+def _rectified_monomial_row(n: int = 2) -> Activation:
+    _check_degree(n)
+    fn = _bind(_rectified_monomial, float(n)) if n else _step
+    dual = Dual("rectified", (float(n), 0.0, 1.0)) if n <= 3 else None
+    return Activation("rectified_monomial", fn, degree=n, kinks=(0.0,), dual=dual)
+
+
+def _sigmoid_like_row() -> Activation:
+    row = _erf_row(0.5, 1 / 2.4020563531719796, 0.5)
+    return dataclasses.replace(row, name="sigmoid_like")
+
+
+def _series_row(name: str, coefficients: Sequence[float] | np.ndarray) -> Activation:
     fn = _bind(_polynomial, *coefficients)
     degrees = [n for n, coefficient in enumerate(fn.parameters) if coefficient != 0]
     degree = degrees[0] if len(degrees) == 1 else None
-    return Activation("polynomial", fn, degree=degree, coefficients=fn.parameters)
+    return Activation(name, fn, degree=degree, coefficients=fn.parameters)
+
+
+def _check_degree(n: int) -> None:
+    if n != int(n) or n < 0:
+        raise ValueError(f"n must be an integer of at least 0. Got {n}.")
 
 
 _FAMILIES: dict[str, Callable[..., Activation]] = {
@@ -477,16 +574,26 @@ _FAMILIES: dict[str, Callable[..., Activation]] = {
     "exp": _exp_row,
     "gaussian": _gaussian_row,
     "gelu": _gelu_row,
+    "hermite": _hermite_row,
     "leaky_relu": _leaky_relu_row,
+    "monomial": _monomial_row,
     "polynomial": _polynomial_row,
+    "rbf": _rbf_row,
+    "rectified_monomial": _rectified_monomial_row,
+    "sigmoid_like": _sigmoid_like_row,
     "sin": _sin_row,
 }
 
 # Rows without parameters, and their aliases.
 _ROWS: dict[str, Activation] = {
-    "abs": Activation("abs", _abs, degree=1, kinks=(0.0,)),
+    "abs": Activation(
+        "abs", _abs, degree=1, kinks=(0.0,), dual=Dual("rectified", (1.0, 1.0, 1.0))
+    ),
     "gabor": Activation(
-        "gabor", _gabor, spectrum=Spectrum(_gabor_density, phase=-math.pi / 2)
+        "gabor",
+        _gabor,
+        spectrum=Spectrum(_gabor_density, phase=-math.pi / 2),
+        dual=Dual("gabor"),
     ),
     "identity": Activation("identity", _identity, degree=1, coefficients=(0.0, 1.0)),
     "laplace": Activation(
@@ -495,18 +602,27 @@ _ROWS: dict[str, Activation] = {
         spectrum=Spectrum(_laplace_density, decay=0.0),
         kinks=(0.0,),
     ),
-    "relu": Activation("relu", _relu, degree=1, kinks=(0.0,)),
+    "normal_cdf": Activation(
+        "normal_cdf", _normal_cdf, dual=Dual("erf", (0.5, math.sqrt(0.5), 0.5))
+    ),
+    "relu": Activation(
+        "relu", _relu, degree=1, kinks=(0.0,), dual=Dual("rectified", (1.0, 0.0, 1.0))
+    ),
     "sech": Activation(
         "sech", _sech, spectrum=Spectrum(_sech_density, decay=math.pi / 2)
     ),
     "selu": Activation("selu", _selu, kinks=(0.0,)),
-    "sigmoid": Activation("sigmoid", _sigmoid),
-    "sign": Activation("sign", _sign, degree=0, kinks=(0.0,)),
-    "silu": Activation("silu", _silu),
-    "softplus": Activation("softplus", _softplus),
-    "step": Activation("step", _step, degree=0, kinks=(0.0,)),
-    "swish": Activation("silu", _silu),
-    "tanh": Activation("tanh", _tanh),
+    "sigmoid": Activation("sigmoid", _sigmoid, dual=Dual("sigmoid", (1.0, 1.0, 0.0))),
+    "sign": Activation(
+        "sign", _sign, degree=0, kinks=(0.0,), dual=Dual("rectified", (0.0, -1.0, 1.0))
+    ),
+    "silu": Activation("silu", _silu, dual=Dual("silu")),
+    "softplus": Activation("softplus", _softplus, dual=Dual("softplus")),
+    "step": Activation(
+        "step", _step, degree=0, kinks=(0.0,), dual=Dual("rectified", (0.0, 0.0, 1.0))
+    ),
+    "swish": Activation("silu", _silu, dual=Dual("silu")),
+    "tanh": Activation("tanh", _tanh, dual=Dual("sigmoid", (2.0, 2.0, -1.0))),
 }
 
 
@@ -523,7 +639,7 @@ def names() -> tuple[str, ...]:
 
 def get(
     activation: str | Activation | Callable[[Array], Array],
-    **parameters: float | bool | Sequence[float],
+    **parameters: int | float | bool | Sequence[float],
 ) -> Activation:
     r"""Returns the row of an activation.
 
@@ -534,16 +650,22 @@ def get(
     ``elu``: ``alpha=1``                 z, or :math:`\alpha(e^z-1)` below 0
     ``erf``: ``a=1, b=1, c=0``           :math:`a\,\mathrm{erf}(bz)+c`
     ``exp``: ``a=1, b=1``                :math:`a e^{bz}`
-    ``gaussian``: ``scale=1``            :math:`e^{-z^2/(2\,scale^2)}`
+    ``gaussian``: ``scale=1, a=1``       :math:`a e^{-z^2/(2\,scale^2)}`
+    ``gaussian``: ``a=1, b``             :math:`a e^{bz^2}`, b < 0
     ``gelu``: ``approximate=False``      :math:`z\Phi(z)`; True: the form by tanh
+    ``hermite``, ``monomial``: ``n=2``   :math:`\mathrm{He}_n(z)/\sqrt{n!}`, :math:`z^n`
     ``leaky_relu``:                      z, or ``negative_slope`` times z below 0
     ``negative_slope=0.01``
     ``polynomial``:                      :math:`\sum_n c_n z^n`
     ``coefficients=(0, 0, 1)``
+    ``rbf``: ``gamma=0.5``               :math:`\sqrt2\sin(\sqrt{2\gamma}z+\pi/4)`
+    ``rectified_monomial``: ``n=2``      :math:`z_+^n`
     ==================================== ==========================================
 
     Of the others, ``gabor`` is :math:`e^{-z^2}\sin z`, ``laplace`` :math:`e^{-|z|}`,
-    ``step`` is 1 for z > 0 and 0 elsewhere, and ``swish`` another name of ``silu``.
+    ``step`` is 1 for z > 0 and 0 elsewhere, ``normal_cdf`` is :math:`\Phi`,
+    ``sigmoid_like`` is :math:`(1 + \mathrm{erf}(z / 2.402\dots)) / 2`, near the
+    sigmoid, and ``swish`` another name of ``silu``.
 
     Args:
       activation: a name of :func:`names`, a row (returned as it is), or a function.

@@ -24,14 +24,15 @@ The bits are the same everywhere; the floats made of them agree to rounding.
 
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
 
-from snnk_jax.typing import Array, Dtype, Float, PRNGKeyArray, UInt32
+from snnk_jax.typing import Array, Dtype, Float, Int, PRNGKeyArray, UInt32
 
 GENERATOR = "threefry2x32-20/box-muller/1"
 """Names the generator in stored files; changes whenever its output would."""
@@ -136,6 +137,17 @@ def normals(
     angle = (2.0 * jnp.pi) * uniform[1]
     pair = jnp.concatenate([radius * jnp.cos(angle), radius * jnp.sin(angle)])
     return pair[:size].reshape(shape).astype(dtype)
+
+
+def integers(words: UInt32[Array, "2"], limits: np.ndarray) -> Int[Array, "..."]:
+    """Independent uniform integers below ``limits``, in its shape.
+
+    The remainders of 32-bit words: uniform for powers of two, and for other limits up
+    to a relative ``limit / 2**32``.
+    """
+    bits = random_bits(words, (limits.size + 1) // 2)
+    bits = bits.ravel()[: limits.size].reshape(limits.shape)
+    return (bits % jnp.asarray(limits, jnp.uint32)).astype(jnp.int32)
 
 
 def _signs(
@@ -584,6 +596,14 @@ def _sylvester(n: int) -> np.ndarray:
     while len(h) < n:
         h = np.block([[h, h], [h, -h]])
     return h
+
+
+def cyclic_convolution(factors: Sequence[Float[Array, "*b n"]]) -> Float[Array, "*b n"]:
+    """Cyclic convolution of the factors along the last axis, by the FFT."""
+    if len(factors) == 1:
+        return factors[0]
+    product = functools.reduce(operator.mul, map(jnp.fft.rfft, factors))
+    return jnp.fft.irfft(product, n=factors[0].shape[-1])
 
 
 def accumulation_dtype(dtype: Dtype) -> Dtype:

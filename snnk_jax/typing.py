@@ -18,7 +18,7 @@ letter  axis
 from typing import Any
 
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
 Dtype = DTypeLike
 """Anything that names a dtype: ``jnp.float32``, ``"bfloat16"``, ..."""
@@ -26,4 +26,13 @@ Dtype = DTypeLike
 Params = Any
 """The pytree that ``FeatureMap.init`` returns: arrays only."""
 
-__all__ = ["Array", "Dtype", "Float", "Key", "PRNGKeyArray", "Params", "UInt32"]
+__all__ = [
+    "Array",
+    "Dtype",
+    "Float",
+    "Int",
+    "Key",
+    "PRNGKeyArray",
+    "Params",
+    "UInt32",
+]

@@ -19,7 +19,8 @@ Z = np.concatenate([np.linspace(-6, 6, 101), [0.0]])
 NAMES = [
     *("cos", "sin", "exp", "gaussian", "sech", "erf", "tanh", "sigmoid", "gelu"),
     *("silu", "swish", "softplus", "relu", "leaky_relu", "elu", "selu", "abs", "step"),
-    *("sign", "identity", "polynomial", "gabor", "laplace"),
+    *("sign", "identity", "polynomial", "gabor", "laplace", "hermite", "monomial"),
+    *("normal_cdf", "rbf", "rectified_monomial", "sigmoid_like"),
 ]
 SELU_ALPHA = 1.6732632423543772
 SELU_SCALE = 1.0507009873554805
@@ -59,6 +60,11 @@ ROWS = {
         {"scale": 2.5},
         lambda z: np.exp(-(z**2) / 2 / 2.5**2),
     ),
+    "gaussian-ab": (
+        "gaussian",
+        {"a": 1.5, "b": -0.3},
+        lambda z: 1.5 * np.exp(-0.3 * z**2),
+    ),
     "gelu": ("gelu", {}, lambda z: z * scipy.special.ndtr(z)),
     "gelu-exact": (
         "gelu",
@@ -66,6 +72,8 @@ ROWS = {
         lambda z: z * scipy.special.ndtr(z),
     ),
     "gelu-tanh": ("gelu", {"approximate": True}, tanh_gelu),
+    "hermite": ("hermite", {}, lambda z: (z**2 - 1) / np.sqrt(2)),
+    "hermite-cubic": ("hermite", {"n": 3}, lambda z: (z**3 - 3 * z) / np.sqrt(6)),
     "identity": ("identity", {}, lambda z: z),
     "laplace": ("laplace", {}, lambda z: np.exp(-np.abs(z))),
     "leaky_relu": ("leaky_relu", {}, lambda z: np.where(z > 0, z, 0.01 * z)),
@@ -74,6 +82,9 @@ ROWS = {
         {"negative_slope": 0.2},
         lambda z: np.where(z > 0, z, 0.2 * z),
     ),
+    "monomial": ("monomial", {}, lambda z: z**2),
+    "monomial-cubic": ("monomial", {"n": 3}, lambda z: z**3),
+    "normal_cdf": ("normal_cdf", {}, scipy.special.ndtr),
     "polynomial": ("polynomial", {}, lambda z: z**2),
     "polynomial-cubic": (
         "polynomial",
@@ -85,10 +96,31 @@ ROWS = {
         {"coefficients": [0.5, -1.0, 0.25]},
         lambda z: 0.5 - z + 0.25 * z**2,
     ),
+    "rbf": ("rbf", {}, lambda z: np.sqrt(2) * np.sin(z + np.pi / 4)),
+    "rbf-gamma": (
+        "rbf",
+        {"gamma": 2.0},
+        lambda z: np.sqrt(2) * np.sin(2 * z + np.pi / 4),
+    ),
+    "rectified_monomial": (
+        "rectified_monomial",
+        {},
+        lambda z: np.maximum(z, 0) ** 2,
+    ),
+    "rectified_monomial-step": (
+        "rectified_monomial",
+        {"n": 0},
+        lambda z: np.heaviside(z, 0),
+    ),
     "relu": ("relu", {}, lambda z: np.maximum(z, 0)),
     "sech": ("sech", {}, lambda z: 1 / np.cosh(z)),
     "selu": ("selu", {}, lambda z: SELU_SCALE * elu(z, SELU_ALPHA)),
     "sigmoid": ("sigmoid", {}, scipy.special.expit),
+    "sigmoid_like": (
+        "sigmoid_like",
+        {},
+        lambda z: 0.5 * scipy.special.erf(z / 2.4020563531719796) + 0.5,
+    ),
     "sign": ("sign", {}, np.sign),
     "silu": ("silu", {}, lambda z: z * scipy.special.expit(z)),
     "sin": ("sin", {}, np.sin),
@@ -102,7 +134,11 @@ ROWS = {
     "swish": ("swish", {}, lambda z: z * scipy.special.expit(z)),
     "tanh": ("tanh", {}, np.tanh),
 }
-KINKED = {"relu", "leaky_relu", "elu", "selu", "abs", "step", "sign", "laplace"}
+KINKED = {
+    *("relu", "leaky_relu", "elu", "selu", "abs", "step", "sign", "laplace"),
+    "rectified_monomial",
+}
+SERIES = {"identity", "polynomial", "monomial", "hermite"}
 every_row = pytest.mark.parametrize("label", ROWS)
 
 
@@ -139,7 +175,7 @@ def test_values(label, dtype):
         assert value.shape == z.shape
         expected = ROWS[label][2](np.asarray(z, np.float64))
         close = tolerance(dtype)
-        if dtype == "bfloat16" and label in ("cos-abc", "sin-abc"):
+        if dtype == "bfloat16" and label in ("cos-abc", "sin-abc", "rbf", "rbf-gamma"):
             close["atol"] = 0.04  # the phase rounds, by 2^-8 of up to 12
         np.testing.assert_allclose(np.asarray(value, np.float64), expected, **close)
 
@@ -199,7 +235,7 @@ def test_a_given_derivative_is_the_one_used():
 @every_row
 def test_atoms_are_the_function(label):
     row = make(label)
-    assert bool(row.atoms) == (row.name in ("cos", "sin"))
+    assert bool(row.atoms) == (row.name in ("cos", "sin", "rbf"))
     if row.atoms:
         value = sum(a.amplitude * np.cos(a.frequency * Z + a.phase) for a in row.atoms)
         np.testing.assert_allclose(value, ROWS[label][2](Z), atol=1e-14)
@@ -208,7 +244,7 @@ def test_atoms_are_the_function(label):
 @every_row
 def test_coefficients_are_the_function(label):
     row = make(label)
-    assert bool(row.coefficients) == (row.name in ("identity", "polynomial"))
+    assert bool(row.coefficients) == (row.name in SERIES)
     if row.coefficients:
         value = np.polynomial.polynomial.polyval(Z, row.coefficients)
         np.testing.assert_allclose(value, ROWS[label][2](Z), rtol=1e-14)
@@ -255,7 +291,9 @@ def test_spectrum_is_the_fourier_transform(label):
         np.testing.assert_allclose(value, ROWS[label][2](np.float64(z)), atol=1e-7)
 
 
-@pytest.mark.parametrize("label", ["gaussian", "gaussian-scale", "sech", "gabor"])
+@pytest.mark.parametrize(
+    "label", ["gaussian", "gaussian-scale", "gaussian-ab", "sech", "gabor"]
+)
 def test_spectrum_at_the_ends_has_no_nan(label):
     density = make(label).spectrum.density(np.array([1e-300, 1e4]))
     assert density.dtype == np.float64
@@ -501,6 +539,18 @@ def test_wrong_names_and_parameters_are_refused():
     for scale in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="scale must be positive and finite. Got"):
             get("gaussian", scale=scale)
+    for b in (0.0, 1.0, -math.inf, math.nan):
+        with pytest.raises(ValueError, match="b must be negative and finite. Got"):
+            get("gaussian", b=b)
+    with pytest.raises(ValueError, match="scale must be absent if b is given. Got 1"):
+        get("gaussian", scale=1.0, b=-1.0)
+    for gamma in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="gamma must be positive and finite. Got"):
+            get("rbf", gamma=gamma)
+    for name in ("monomial", "hermite", "rectified_monomial"):
+        for n in (-1, 1.5):
+            with pytest.raises(ValueError, match="n must be an integer of at least 0"):
+                get(name, n=n)
     with pytest.raises(ValueError, match="coefficients must have at least one entry"):
         get("polynomial", coefficients=())
     with pytest.raises(ValueError, match="coefficients must be finite. Got"):

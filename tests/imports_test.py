@@ -46,7 +46,7 @@ FLAX = {
     },
 }
 ALLOWED = CORE | FLAX
-SCIPY = ("projections", "ridge")  # Sobol points, LAPACK
+SCIPY = ("projections", "ridge", "infinite")  # Sobol points, LAPACK
 PACKAGES = {"jax", "numpy", "jaxtyping", "safetensors", *sys.stdlib_module_names}
 FORBIDDEN = ("jax.core", "jax.interpreters", "jax.lib", "jax._src", "jaxlib")
 

@@ -19,7 +19,7 @@ from snnk_jax.features._base import (
     compiled,
     share_out,
 )
-from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray, UInt32
+from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
 
 Sketch = Literal["maclaurin", "tensor_sketch", "tensor_srht"]
 
@@ -172,12 +172,12 @@ class Polynomial(FeatureMap):
             width = projections.power_of_two(dim)
             factor = [f for j in range(1, self.degree + 1) for f in range(j)]
             start = np.repeat(np.array(factor, np.int32) * width, sizes)
-            rows = start + _integers(word, np.full_like(start, width))
+            rows = start + projections.integers(word, np.full_like(start, width))
             return {"signs": signs, "rows": rows}
         signs = projections.rademacher(sign_key, len(sizes), dim, dtype)
         size = np.repeat(np.array(sizes, np.int32)[:, None], dim, axis=1)
         start = np.cumsum(size, axis=0, dtype=np.int32) - size
-        return {"signs": signs, "buckets": start + _integers(word, size)}
+        return {"signs": signs, "buckets": start + projections.integers(word, size)}
 
     @compiled
     def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
@@ -264,7 +264,7 @@ class Polynomial(FeatureMap):
         for j, m in enumerate(self.columns[1:], 1):
             group = list(itertools.islice(factors, j))
             if self.sketch == "tensor_sketch":
-                blocks.append(_convolve(group))
+                blocks.append(projections.cyclic_convolution(group))
             else:
                 blocks.append(m**-0.5 * functools.reduce(operator.mul, group))
         return blocks
@@ -305,22 +305,3 @@ def _derivatives(coefficients: Sequence[float]) -> list[list[float]]:
         [math.comb(i, j) * c for i, c in enumerate(coefficients) if i >= j]
         for j in range(len(coefficients))
     ]
-
-
-def _convolve(factors: list[Array]) -> Array:
-    """Cyclic convolution along the last axis."""
-    if len(factors) == 1:
-        return factors[0]
-    product = functools.reduce(operator.mul, map(jnp.fft.rfft, factors))
-    return jnp.fft.irfft(product, n=factors[0].shape[-1])
-
-
-def _integers(words: UInt32[Array, "2"], limits: np.ndarray) -> Array:
-    """Independent uniform integers below ``limits``.
-
-    The remainders of 32-bit words: uniform for powers of two, and for other limits up
-    to a relative ``limit / 2**32``.
-    """
-    bits = projections.random_bits(words, (limits.size + 1) // 2)
-    bits = bits.ravel()[: limits.size].reshape(limits.shape)
-    return (bits % jnp.asarray(limits, jnp.uint32)).astype(jnp.int32)

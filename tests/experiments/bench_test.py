@@ -14,6 +14,21 @@ def test_every_row_is_a_layer_of_the_same_shape():
     assert all(0 < row.low_ms <= row.median_ms <= row.high_ms for row in rows)
 
 
+def test_every_kernel_of_the_table_is_one():
+    x, fns = bench.ntks(jax.random.key(0), 6, 4, jnp.float32)
+    rows = bench.time_in_turns(fns, x, rounds=2)
+    assert [row.name for row in rows] == list(fns)
+    shapes = {k.shape for fn in fns.values() for k in jax.tree.leaves(fn(x))}
+    assert shapes == {(6, 6)}
+    row = [bench.Row("relu, both", 40.0, 40.0, 40.0)]
+    assert "38.1 ns an entry. 40 ms, goal 51 ms: reached" in bench.ntk_verdict(
+        row, 1024
+    )
+    assert bench.ntk_verdict(row, 2000) == "relu, both: 10.0 ns an entry."
+    slow = [bench.Row("relu, both", 60.0, 60.0, 60.0)]
+    assert "MISSED" in bench.ntk_verdict(slow, 1024)
+
+
 def test_the_verdict_names_what_binds():
     def rows(dense, snnk, write):
         times = {"dense + GELU": dense, "s": snnk, "write the output only": write}

@@ -262,7 +262,9 @@ def test_scores():
 
 def test_the_summary_is_that_of_the_papers():
     means = {"linear": {"a": 0.5, "b": 0.9}, "relu_1": {"a": 1.0, "b": 0.9}}
-    text = ridge_tables._summary(means, ["linear", "relu_1"], ["a", "b"])
+    text = ridge_tables.summary(
+        means, ["linear", "relu_1"], ["a", "b"], ridge_tables.TITLES
+    )
     lines = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.splitlines()[2:]

@@ -1,0 +1,83 @@
+"""NTK features and exact kernels on images: accuracy, rows, resume, mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import load_config, ntk_images, ridge_images
+
+
+def quick(**changes):
+    return load_config("configs/ntk_mnist.py:quicktest", changes)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return ridge_images.load_images("digits", "")
+
+
+def test_the_exact_kernel_classifies_digits(digits):
+    row = ntk_images.measure_exact(400, digits, quick())
+    assert row["accuracy"] > 0.9
+    assert row["kernel_s"] <= row["seconds"]
+
+
+def test_features_come_near_the_exact_kernel(digits):
+    """Of as many images: those of both fit the same 400."""
+    few = ridge_images.Images(
+        digits.x_train[:400], digits.y_train[:400], digits.x_test, digits.y_test
+    )
+    config = quick(select_features=1024)
+    exact = ntk_images.measure_exact(400, few, config)
+    features = ntk_images.measure_features(1024, 0, few, config)
+    assert abs(features["accuracy"] - exact["accuracy"]) < 0.03
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path):
+    config = quick()
+    rows = ntk_images.run(config, tmp_path, "command")
+    file = tmp_path / "rows.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(lines) == len(rows) == 3
+    marked = json.loads(lines[0]) | {"seconds": 123.0}
+    file.write_text("\n".join([json.dumps(marked), *lines[2:]]) + "\n")
+    again = ntk_images.run(config, tmp_path, "command")
+    assert again[0]["seconds"] == 123.0
+    np.testing.assert_allclose(again[1]["accuracy"], rows[1]["accuracy"], atol=0.01)
+    report = (tmp_path / "report.md").read_text()
+    assert "| exact kernel |" in report
+    assert (tmp_path / "accuracy.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data.name", "svhn", "config.data.name must be mnist or digits"),
+        ("depth", 0, "config.depth must be positive. Got 0"),
+        ("num_features", (8,), "config.num_features must be at least 64"),
+        ("exact_rows", (5,), "config.exact_rows must be at least 20"),
+        ("val_fraction", 1.0, "config.val_fraction must be in"),
+        ("seeds", (), "config.seeds must not be empty"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(key, value, words):
+    with pytest.raises(ValueError, match=words):
+        quick(**{key: value})
+
+
+def test_more_rows_than_images(tmp_path):
+    with pytest.raises(ValueError, match="config.exact_rows must be at most 1347"):
+        ntk_images.run(quick(exact_rows=(2000,)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_missing(tmp_path):
+    config = load_config("configs/ntk_mnist.py")
+    with pytest.raises(FileNotFoundError, match="config.data.dir"):
+        ntk_images.run(config, tmp_path / "run")
+
+
+def test_the_argument():
+    with pytest.raises(ValueError, match="must be large or quicktest. Got 'fast'"):
+        load_config("configs/ntk_mnist.py:fast")
