@@ -214,6 +214,7 @@ EXPERIMENTS = {
     "fit_ridge": "fit_ridge",
     "depth_error": "depth_error",
     "networks": "networks",
+    "uptrain": "uptrain",
 }
 """Values of ``config.experiment`` and the modules of ``experiments`` behind them."""
 
@@ -233,9 +234,8 @@ def check(config: ConfigDict) -> None:
     experiment_of(config).check(config)
 
 
-def check_training(config: ConfigDict) -> None:
-    """Checks a config of :func:`base`."""
-    from experiments.tasks import METHODS
+def check_base(config: ConfigDict) -> None:
+    """Checks a config of :func:`base`, but for its methods."""
 
     def value(key: str) -> Any:
         node: Any = config
@@ -279,6 +279,13 @@ def check_training(config: ConfigDict) -> None:
         )
     if any(seed < 0 for seed in config.seeds):
         raise ValueError(f"config.seeds must not be negative. Got {config.seeds}.")
+
+
+def check_training(config: ConfigDict) -> None:
+    """Checks a config of :func:`base` and its methods."""
+    from experiments.tasks import METHODS
+
+    check_base(config)
     for method in methods_of(config):
         if method not in METHODS:
             close = difflib.get_close_matches(method, METHODS, n=1)
