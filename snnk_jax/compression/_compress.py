@@ -71,7 +71,8 @@ def compress(
     Plain :math:`R^2` of a block does not say what it costs the model. The metric
     weighs the errors of the block's outputs by which units are selected, and by which
     the penalty is: ``"gauss_newton"`` :math:`E[J^\top J]` with J the derivative of
-    the model's outputs; ``"norm"`` the gain of the LayerNorm behind a post-norm
+    the model's outputs, tokens weighed by how much the outputs depend on them;
+    ``"norm"`` the gain of the LayerNorm behind a post-norm
     layer, on what is left of the mean; ``"plain"`` none.
 
     Args:
@@ -100,7 +101,7 @@ def compress(
       state_dir: folder that keeps the sums of every pass, written atomically every 50
         batches: a call that was killed goes on where it was. Sums of another model or
         of other settings are refused.
-      probes: batches from which the Gauss-Newton metric and the report's R^2 are taken.
+      probes: batches from which the report's R^2 and output agreement are taken.
       seed: of what is random.
 
     Returns:
@@ -140,17 +141,24 @@ def compress(
         raise ValueError("metric 'norm' must have the norm of each rule. Got none.")
     blocks = inspect(model, blocks, data.first(), apply)
     head = data.head(probes)
-    roots = _roots(model, blocks, head, metric, seed)
+    roots, scales = _metric(model, blocks, data, metric, seed)
     start = functools.partial(
         Task,
         dense=model,
         corrected=corrected,
-        sensitive=metric == "gauss_newton",
-        seed=seed,
+        data=data,
     )
     if spread == "curves":
-        alone = functools.partial(start, model=model, data=data, label="alone")
-        tasks = [alone(block=b, root=roots.get(b.name)) for b in blocks]
+        tasks = [
+            start(
+                model=model,
+                block=block,
+                root=roots.get(block.name),
+                scales=scales.get(block.name),
+                label="alone",
+            )
+            for block in blocks
+        ]
         sizes = _spread(tasks, budget, budget_of, method)
     current, reports = nnx.clone(model), []
     for index, block in enumerate(blocks if order == "forward" else blocks[::-1]):
@@ -158,8 +166,8 @@ def compress(
         task = start(
             model=current,
             block=block,
-            data=data,
             root=roots.get(block.name),
+            scales=scales.get(block.name),
             label=label,
         )
         modules = find_modules(current)
@@ -251,21 +259,21 @@ def _sizes(
     }
 
 
-def _roots(
+def _metric(
     model: nnx.Module, blocks: Sequence[Block], data: Data, metric: Metric, seed: int
-) -> dict[str, np.ndarray]:
-    """The metrics' roots R: the squared error in the metric is that of ``T R``."""
+) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
+    """Roots R, the squared error being that of ``T R``, and factors of the tokens."""
     if metric == "plain":
-        return {}
+        return {}, {}
     if metric == "norm":
         modules, roots = find_modules(model), {}
         for block in blocks:
             scale = getattr(modules[block.stream], "scale", None)
             gain = np.ones(block.out) if scale is None else np.asarray(scale[...])
             roots[block.name] = (np.eye(block.out) - 1 / block.out) * gain
-        return roots
-    found = sensitivity(model, blocks, data, seed)
-    return {name: _root(matrix) for name, matrix in found.items()}
+        return roots, {}
+    found, scales = sensitivity(model, blocks, data, seed)
+    return {name: _root(matrix) for name, matrix in found.items()}, scales
 
 
 def _root(metric: np.ndarray) -> np.ndarray:
@@ -289,7 +297,7 @@ def _spread(
             n: e * stats.weight / stats.rows for n, e in curve.items()
         }
         nothing, one = (method.cost(block, size)[index] for size in (0, 1))
-        prices[block.name] = one - nothing
+        prices[block.name] = float(one - nothing)
         total += budget * getattr(block, budget_of) - nothing
     if sum(prices[name] * least[name] for name in prices) > total:
         raise ValueError(

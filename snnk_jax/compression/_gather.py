@@ -85,9 +85,7 @@ class Task:
       data: the calibration inputs.
       root: a matrix R ``[o, r]``: the error in the metric is that of ``T R``; or None.
       corrected: whether the errors of other blocks are to be made good.
-      sensitive: whether a token weighs :math:`\lVert J^\top r\rVert^2`, how much the
-        dense model's outputs, in a random direction r, change with the block's output.
-      seed: of the directions.
+      scales: a factor of each token's weight, per batch; see :func:`sensitivity`.
       label: tells the passes in ``data.folder`` apart, with a hash of the model.
     """
 
@@ -97,8 +95,7 @@ class Task:
     data: Data
     root: np.ndarray | None
     corrected: bool
-    sensitive: bool
-    seed: int = 0
+    scales: Sequence[Any] | None = None
     label: str = ""
 
     @property
@@ -191,12 +188,18 @@ class _Source:
         self._read = jax.jit(self._rows)
 
     def __call__(self, batch: Any, index: int) -> tuple[Any, Any, Any, Any]:
-        key = jax.random.fold_in(jax.random.key(self._task.seed), index)
-        return self._read(self.states, batch, key)
+        x, h, target, weight = self._read(self.states, batch)
+        scales = self._task.scales
+        if scales is not None:
+            if index >= len(scales) or len(scales[index]) != len(weight):
+                raise ValueError(
+                    "calibration_inputs must give the same batches at every pass. Got "
+                    f"others at batch {index}."
+                )
+            weight = weight * scales[index]
+        return x, h, target, weight
 
-    def _rows(
-        self, states: tuple[Any, ...], batch: Any, key: Any
-    ) -> tuple[Any, Any, Any, Any]:
+    def _rows(self, states: tuple[Any, ...], batch: Any) -> tuple[Any, Any, Any, Any]:
         task, block = self._task, self._task.block
         ours, theirs, changed = self._readers
         _, seen = ours(states[0], batch)
@@ -208,38 +211,24 @@ class _Source:
             which = 0 if block.post_norm else 1
             target += rows(wanted[block.stream][which])
             target -= rows(seen[block.stream][which])
-        if task.sensitive:
-            pulled = pull_back(theirs, [block.second], states[1], batch, key)
-            weight = weight * jnp.sum(rows(pulled[block.second]) ** 2, axis=1)
         if changed is not None:
             _, seen = changed(states[2], batch)
         x, h = seen[block.first][0], seen[block.second][0]
         return rows(x), rows(h), target, weight
 
 
-def pull_back(
-    reader: Reader, names: Sequence[str], state: Any, batch: Any, key: Any
-) -> dict[str, Any]:
-    r""":math:`J^\top r` at the outputs of modules, r normal on the model's outputs."""
-    seen = jax.eval_shape(reader, state, batch)[1]
-    zeros = {n: jnp.zeros(seen[n][1].shape, seen[n][1].dtype) for n in names}
-
-    def outputs(shifts: Any) -> Any:
-        values = reader(state, batch, shifts)[0]
-        return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-
-    values, pull = jax.vjp(outputs, zeros)
-    return pull(jax.random.normal(key, values.shape, values.dtype))[0]
-
-
 def sensitivity(
     model: nnx.Module, blocks: Sequence[Block], data: Data, seed: int
-) -> dict[str, np.ndarray]:
-    r"""Gauss-Newton metric of every block, :math:`E[J^\top J]` ``[o, o]``.
+) -> tuple[dict[str, np.ndarray], dict[str, list[Any]]]:
+    r"""How the model's outputs change with what each block returns at each token.
 
-    J is the derivative of the model's outputs by the block's output at a token, probed
-    in one random direction an example: :math:`E[J^\top r r^\top J]`, :math:`E[rr^\top]
-    = I`.
+    J is the derivative of the outputs by the block's output at a token, r a random
+    normal direction of an example's outputs: :math:`E[rr^\top] = I`.
+
+    Returns:
+      Per block :math:`E[J^\top r r^\top J]` ``[o, o]``, the Gauss-Newton metric; and
+      :math:`\lVert J^\top r\rVert^2` of every token, batch by batch, as a share of
+      the mean: four bytes a token and block.
 
     Raises:
       ValueError: if the outputs do not depend on a block.
@@ -248,24 +237,47 @@ def sensitivity(
     reader = Reader(model, names, data.apply)
 
     @jax.jit
-    def moments(state: Any, batch: Any, key: Any) -> Any:
-        pulled = pull_back(reader, names, state, batch, key)
-        weight = token_weights(data.weights, batch, pulled[names[0]].shape)
-        return {n: rows(v).T @ rows(v) for n, v in pulled.items()}, jnp.sum(weight)
+    def pull_back(state: Any, batch: Any, key: Any) -> Any:
+        seen = jax.eval_shape(reader, state, batch)[1]
+        zeros = {n: jnp.zeros(seen[n][1].shape, seen[n][1].dtype) for n in names}
 
-    total, weight = dict.fromkeys(names, np.zeros(())), 0.0
+        def outputs(shifts: Any) -> Any:
+            values = reader(state, batch, shifts)[0]
+            return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+        values, pull = jax.vjp(outputs, zeros)
+        pulled = pull(jax.random.normal(key, values.shape, values.dtype))[0]
+        weight = token_weights(data.weights, batch, zeros[names[0]].shape)
+        moments, squares = {}, {}
+        for name, value in pulled.items():
+            moments[name] = (rows(value) * weight[:, None]).T @ rows(value)
+            squares[name] = jnp.sum(rows(value) ** 2, axis=1)
+        return moments, squares, jnp.sum(weight)
+
+    metric = {block.second: np.zeros((block.out,) * 2) for block in blocks}
+    scales: dict[str, list[Any]] = {name: [] for name in names}
+    total = 0.0
     for index, batch in enumerate(data):
         key = jax.random.fold_in(jax.random.key(seed), index)
-        sums, own = moments(reader.state, batch, key)
-        total = {n: total[n] + np.asarray(sums[n], np.float64) for n in names}
-        weight += float(own)
+        moments, squares, weight = pull_back(reader.state, batch, key)
+        total += float(weight)
+        for name in names:
+            metric[name] += np.asarray(moments[name])
+            scales[name].append(np.asarray(squares[name]))
     for block in blocks:
-        if not np.trace(total[block.second]) > 0:
+        if not np.trace(metric[block.second]) > 0:
             raise ValueError(
                 "the model's outputs must depend on every block for the metric "
                 f"'gauss_newton'; take another metric, or give apply. Got {block.name}."
             )
-    return {block.name: total[block.second] / weight for block in blocks}
+    means = {name: np.trace(matrix) / total for name, matrix in metric.items()}
+    return (
+        {b.name: metric[b.second] / total for b in blocks},
+        {
+            b.name: [own / np.float32(means[b.second]) for own in scales[b.second]]
+            for b in blocks
+        },
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,11 +291,12 @@ class _Store:
     def of(cls, task: Task, data: Data, label: str, states: Any) -> "_Store":
         if data.folder is None:
             return cls(None, "")
-        settings = (label, task.block, task.corrected, task.sensitive, task.seed)
+        settings = (label, task.block, task.corrected)
         sha = hashlib.sha256(repr(settings).encode())
         # The batches cannot all be hashed before the pass; the first one stands for
         # them.
-        leaves = jax.tree.leaves((states, task.root, data.first()))
+        scale = None if task.scales is None else task.scales[0]
+        leaves = jax.tree.leaves((states, task.root, scale, data.first()))
         for index, leaf in enumerate(leaves):
             hash_array(sha, str(index), np.asarray(leaf))
         name = label.replace("/", ".")
