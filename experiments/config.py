@@ -215,6 +215,7 @@ EXPERIMENTS = {
     "depth_error": "depth_error",
     "networks": "networks",
     "uptrain": "uptrain",
+    "compress": "compress",
 }
 """Values of ``config.experiment`` and the modules of ``experiments`` behind them."""
 

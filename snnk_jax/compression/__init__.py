@@ -1,6 +1,8 @@
 """Compression of pretrained networks: replace and calibrate, without training."""
 
+from snnk_jax.compression._blocks import Block as Block
 from snnk_jax.compression._blocks import CompressRule as CompressRule
+from snnk_jax.compression._blocks import find_blocks as find_blocks
 from snnk_jax.compression._compress import compress as compress
 from snnk_jax.compression._compress import num_parameters as num_parameters
 from snnk_jax.compression._methods import Affine as Affine

@@ -18,7 +18,7 @@ from snnk_jax.compression._blocks import Block
 from snnk_jax.compression._gather import Task
 from snnk_jax.compression._modules import Beside, Int8Linear, linear, low_rank
 from snnk_jax.compression._select import eliminate, energies, reduced_rank
-from snnk_jax.features import FeatureMap, TowerFeatures
+from snnk_jax.features import AppendOne, FeatureMap, TowerFeatures
 from snnk_jax.nn import SNNKMlp
 from snnk_jax.ridge._solve import Moments, moments
 
@@ -216,7 +216,7 @@ class Features(Method):
         need_whole(site.block, self)
         if size < 1:
             raise ValueError(f"budget must leave a feature. Got {size}.")
-        features = dataclasses.replace(self.features, num_features=size)
+        features = resized(self.features, size)
         rngs = nnx.Rngs(projection=site.key, params=site.key)
         block = SNNKMlp(
             site.block.dim,
@@ -393,6 +393,13 @@ def _feature_columns(
 ) -> Any:
     phi = features.phi(params, x)
     return jnp.concatenate([phi, x.astype(phi.dtype)], axis=1) if with_inputs else phi
+
+
+def resized(features: FeatureMap, size: int) -> FeatureMap:
+    """The map with another ``num_features``."""
+    if isinstance(features, AppendOne):
+        return AppendOne(resized(features.features, size))
+    return dataclasses.replace(features, num_features=size)
 
 
 def need_whole(block: Block, method: Method) -> None:
