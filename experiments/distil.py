@@ -5,6 +5,7 @@ are computed once, in half precision; training reads them like labels.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -147,9 +148,14 @@ class Taught:
     def __len__(self) -> int:
         return len(self.split)
 
+    def labels(self, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The embeddings, at unit length in float32."""
+        said = np.asarray(self.embedding[indices], np.float32)
+        return said / np.linalg.norm(said, axis=1, keepdims=True)
+
     def __getitems__(self, indices: np.ndarray) -> Batch:
         batch = dict(self.split.__getitems__(indices))
-        batch["label"] = np.asarray(self.embedding[indices], np.float32)
+        batch["label"] = self.labels(indices)
         if self.hidden is not None:
             lengths = self.lengths[indices]
             ends = np.cumsum(self.lengths)[indices]
@@ -187,7 +193,7 @@ def teach(
     folder.mkdir(parents=True, exist_ok=True)
     n, order = len(split), np.argsort(lengths, kind="stable")
     first = split.__getitems__(order[:1])
-    dim = jax.eval_shape(lambda: embed(teacher, first)).shape[1]
+    dim = jax.eval_shape(functools.partial(embed, teacher), first).shape[1]
     key = _key(split, lengths, teacher, hidden)
     record = folder / "record.json"
     done = 0

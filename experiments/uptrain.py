@@ -19,7 +19,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import snnk_jax as snnk
-from experiments import distil, plots, runner, sentences, summary, tasks, train
+from experiments import distil, plots, runner, sentences, starts, summary, tasks, train
 from experiments import sharding as sharding_lib
 from experiments.config import check_base, methods_of
 from experiments.data import Batch, Dataset, Subset, TrainLoader, eval_batches
@@ -28,50 +28,8 @@ from experiments.metrics import read_jsonl
 from experiments.report import document, markdown
 from snnk_jax.surgery import path_name
 
-KINDS = {
-    "units": "own units, readout fitted",
-    "units_random": "as many units, random",
-    "psi": "ReLU features, Psi(W)",
-    "psi_random": "ReLU features, random readout",
-    "dense": "nothing replaced",
-}
 TRAINED = ("all", "blocks", "light", "new")
 OBJECTIVES = ("task", "embedding", "hidden")
-_BLOCKS = r"blocks/\d+/mlp"
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """What replaces how many blocks: ``kind-size``, and the number of last blocks."""
-
-    kind: str
-    size: int
-    top: int
-
-    @classmethod
-    def parse(cls, method: str, top: int) -> "Variant":
-        """From a string like ``units-96``; ``dense`` has no size.
-
-        Raises:
-          ValueError: for another kind or size.
-        """
-        kind, _, size = method.partition("-")
-        sized = size.isdigit() and int(size) > 0
-        if kind not in KINDS or sized == (kind == "dense") or (size and not sized):
-            raise ValueError(
-                f"config.methods must be dense or KIND-SIZE, with KIND of "
-                f"{', '.join(list(KINDS)[:-1])}. Got {method!r}."
-            )
-        return cls(kind, int(size or 0), top)
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return (
-            "dense"
-            if self.kind == "dense"
-            else f"{self.kind}-{self.size}-top{self.top}"
-        )
 
 
 def check(config: ConfigDict) -> None:
@@ -99,7 +57,7 @@ def check(config: ConfigDict) -> None:
             f"Got {options.top}."
         )
     for method in methods_of(config):
-        Variant.parse(method, 0)
+        starts.Variant.parse(method, 0)
     if options.score not in ("", "stsb"):
         raise ValueError(
             f"config.uptrain.score must be stsb or empty. Got {options.score!r}."
@@ -134,7 +92,7 @@ def run(
         variant.name: variant
         for top in config.uptrain.top
         for variant in (
-            Variant.parse(method, min(top, depth) or depth)
+            starts.Variant.parse(method, min(top, depth) or depth)
             for method in methods_of(config)
         )
     }
@@ -178,7 +136,7 @@ class _Study:
         objective = distil.Distil(1.0, config.uptrain.similarity, hidden)
         return cls(config, workdir, base, dataset, objective, loader, mesh)
 
-    def measure(self, variant: Variant, seed: int) -> dict[str, Any]:
+    def measure(self, variant: starts.Variant, seed: int) -> dict[str, Any]:
         """Builds, trains and scores one variant."""
         config, folder = self.config, self.workdir / f"{variant.name}-seed{seed}"
         start = self.start(variant, seed)
@@ -208,7 +166,7 @@ class _Study:
         return {
             **dataclasses.asdict(variant),
             "seed": seed,
-            "share": stored(model) / stored(self.base),
+            "share": starts.stored(model) / starts.stored(self.base),
             "before": before,
             "after": after,
             "counts": counts,
@@ -218,43 +176,20 @@ class _Study:
             "seconds": result["seconds"],
         }
 
-    def start(self, variant: Variant, seed: int) -> Any:
+    def start(self, variant: starts.Variant, seed: int) -> Any:
         """The model before training; kept in a file, since fitting it takes time."""
         name = variant.name if variant.kind == "units" else f"{variant.name}-seed{seed}"
         file = self.workdir / "starts" / f"{name}.safetensors"
         if not file.is_file():
-            model = self._build(variant, seed)
+            bert = self.config.model.family == "bert"
+            model = starts.build(
+                *(self.base, variant, seed),
+                list(self.calibration(self.config.uptrain.calibration)),
+                norm="norm2" if bert else None,
+                probes=self.config.uptrain.probes,
+            )
             snnk.compression.save(file, model, self.base)
         return snnk.compression.load(file, self.base)
-
-    def _build(self, variant: Variant, seed: int) -> Any:
-        base, options = self.base, self.config.uptrain
-        if variant.kind == "dense":
-            return nnx.clone(base)
-        where = slice(len(base.blocks) - variant.top, None)
-        if variant.kind == "units":
-            norm = "norm2" if self.config.model.family == "bert" else None
-            rule = snnk.CompressRule(path=_BLOCKS, norm=norm, where=where)
-            names = list(snnk.find_modules(base, _BLOCKS))[where]
-            model, report = snnk.compress(
-                base,
-                list(self.calibration(options.calibration)),
-                [rule],
-                budget=dict.fromkeys(names, variant.size),
-                weights=_mask if self.config.model.family == "bert" else None,
-                apply=distil.embed,
-                probes=options.probes,
-            )
-            print(report, flush=True)
-            return model
-        build = functools.partial(_BUILDERS[variant.kind], variant.size)
-        paths = (f"{_BLOCKS}/fc1", f"{_BLOCKS}/fc2")
-        rules = [
-            snnk.SwapRule(path=path, build=build, where=where)
-            for path in (paths if variant.kind == "units_random" else (_BLOCKS,))
-        ]
-        rngs = nnx.Rngs(params=seed, projection=seed)
-        return snnk.swap_modules(base, rules, rngs=rngs)[0]
 
     def calibration(self, count: int) -> Iterator[Batch]:
         """Batches of inputs without labels, of training examples drawn once."""
@@ -269,22 +204,22 @@ class _Study:
             examples = split.__getitems__(rows[start : start + batch])
             yield {k: v for k, v in examples.items() if k not in ("label", "hidden")}
 
-    def replaced(self, variant: Variant) -> str:
+    def replaced(self, variant: starts.Variant) -> str:
         """Regular expression for the parameters of the replaced blocks."""
         depth = len(self.base.blocks)
         last = "|".join(str(i) for i in range(depth - variant.top, depth))
         return rf"blocks/({last})/mlp/.*"
 
-    def rates(self, variant: Variant) -> tuple[tuple[str, float], ...]:
+    def rates(self, variant: starts.Variant) -> tuple[tuple[str, float], ...]:
         """Learning rates of the recipe: more for what is new."""
         if variant.kind == "dense":
             return ()
         return ((self.replaced(variant), self.config.uptrain.new_rate),)
 
-    def trainable(self, variant: Variant) -> Any:
+    def trainable(self, variant: starts.Variant) -> Any:
         """NNX filter of what learns; a head does where there is a task."""
         task = self.config.uptrain.objective == "task"
-        return _Trainable(self.config.uptrain.trained, self.replaced(variant), task)
+        return Trainable(self.config.uptrain.trained, self.replaced(variant), task)
 
     def scores(self, model: Any) -> dict[str, float]:
         """Agreement with the teacher, and the score of the task where one is asked."""
@@ -292,7 +227,7 @@ class _Study:
         size = config.optim.batch_size
         if isinstance(self.objective, distil.Distil):
             outputs = embeddings(model, self.dataset.val, size)
-            labels = self.dataset.val.__getitems__(np.arange(len(outputs)))["label"]
+            labels = self.dataset.val.labels()
             found = self.objective.scores(outputs, labels)
         if options.score:
             weights = tasks.weights_path(config.model.weights)
@@ -307,7 +242,7 @@ class _Study:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Trainable:
+class Trainable:
     """Filter of ``trained``; hashable by value, as all that a step is compiled for."""
 
     trained: str
@@ -324,60 +259,11 @@ class _Trainable:
             return True
         if self.trained == "blocks":
             return name.startswith("blocks/")
-        new = _matches(self.replaced, name)
+        new = re.fullmatch(self.replaced, name) is not None
         if self.trained == "new":
             return new
         norm = any(str(part).startswith("norm") for part in path)
         return new or norm or name.endswith("/bias")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return re.fullmatch(pattern, name) is not None
-
-
-def _mask(batch: Any) -> Any:
-    return batch["mask"]
-
-
-def _narrow(size: int, linear: nnx.Linear, rngs: nnx.Rngs) -> nnx.Linear:
-    """A random Linear with as many units on its hidden side."""
-    into = linear.in_features < linear.out_features
-    sides = (linear.in_features, size) if into else (size, linear.out_features)
-    return nnx.Linear(
-        *sides,
-        dtype=linear.dtype,
-        param_dtype=linear.param_dtype,
-        kernel_init=nnx.initializers.xavier_uniform(),
-        rngs=rngs,
-    )
-
-
-def _features(size: int) -> snnk.features.FeatureMap:
-    return snnk.features.AppendOne(snnk.features.ArcCosine(num_features=size))
-
-
-def _psi(size: int, mlp: Any, rngs: nnx.Rngs) -> nnx.Module:
-    return snnk.nn.SNNKMlp.from_mlp(mlp, features=_features(size), rngs=rngs)
-
-
-def _psi_random(size: int, mlp: Any, rngs: nnx.Rngs) -> nnx.Module:
-    return snnk.nn.SNNKMlp(
-        mlp.fc1.in_features,
-        mlp.fc2.out_features,
-        features=_features(size),
-        dtype=mlp.fc1.dtype,
-        param_dtype=mlp.fc1.param_dtype,
-        rngs=rngs,
-    )
-
-
-_BUILDERS = {"units_random": _narrow, "psi": _psi, "psi_random": _psi_random}
-
-
-def stored(model: Any) -> int:
-    """Numbers stored in the feed-forward blocks; frozen draws are a seed."""
-    blocks = [block.mlp for block in model.blocks]
-    return sum(snnk.compression.num_parameters(block) for block in blocks)
 
 
 def embeddings(model: Any, split: Any, batch_size: int) -> np.ndarray:
@@ -446,7 +332,10 @@ def _report(
     header += [f"{name} {when}" for name in scores for when in ("before", "after")]
     lines = [[*header, "trained", "steps", "step, ms", "file, MB"]]
     for row in rows:
-        cells = [KINDS[row["kind"]], *(str(row[k]) for k in ("size", "top", "seed"))]
+        cells = [
+            starts.KINDS[row["kind"]],
+            *(str(row[k]) for k in ("size", "top", "seed")),
+        ]
         cells.append(f"{row['share']:.4f}")
         for name in scores:
             for when in ("before", "after"):
@@ -466,7 +355,7 @@ def _report(
     shares: dict[str, Any] = {}
     for row in rows:
         point = (row["share"], row["after"][main])
-        shares.setdefault(KINDS[row["kind"]], []).append(point)
+        shares.setdefault(starts.KINDS[row["kind"]], []).append(point)
     curves = {name: sorted(points) for name, points in shares.items()}
     label = "stored FFN parameters, share of the dense ones"
     plots.curves(workdir / "score.png", {main: curves}, xlabel=label)
