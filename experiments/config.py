@@ -229,6 +229,8 @@ EXPERIMENTS = {
     "ntk_tables": "ntk_tables",
     "dual_error": "dual_error",
     "ntk_images": "ntk_images",
+    "uptrain": "uptrain",
+    "compress": "compress",
 }
 """Values of ``config.experiment`` and the modules of ``experiments`` behind them."""
 
@@ -248,9 +250,8 @@ def check(config: ConfigDict) -> None:
     experiment_of(config).check(config)
 
 
-def check_training(config: ConfigDict) -> None:
-    """Checks a config of :func:`base`."""
-    from experiments.tasks import METHODS
+def check_base(config: ConfigDict) -> None:
+    """Checks a config of :func:`base`, but for its methods."""
 
     def value(key: str) -> Any:
         node: Any = config
@@ -294,6 +295,13 @@ def check_training(config: ConfigDict) -> None:
         )
     if any(seed < 0 for seed in config.seeds):
         raise ValueError(f"config.seeds must not be negative. Got {config.seeds}.")
+
+
+def check_training(config: ConfigDict) -> None:
+    """Checks a config of :func:`base` and its methods."""
+    from experiments.tasks import METHODS
+
+    check_base(config)
     for method in methods_of(config):
         if method not in METHODS:
             close = difflib.get_close_matches(method, METHODS, n=1)

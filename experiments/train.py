@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -47,7 +48,9 @@ class Recipe:
     """What a run does with a model; every field changes the result.
 
     ``checkpoint_every``, ``eval_every`` and ``log_every`` are in steps; 0 turns the
-    periodic save or evaluation off (the last step always has both).
+    periodic save or evaluation off (the last step always has both). ``rates`` holds
+    pairs of a regular expression and what the learning rate is multiplied by at the
+    parameters whose whole path it matches; the first match counts.
     """
 
     learning_rate: float
@@ -63,6 +66,7 @@ class Recipe:
     log_every: int = 10
     eval_every: int = 0
     checkpoint_every: int = 0
+    rates: tuple[tuple[str, float], ...] = ()
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -81,6 +85,21 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip_norm),
         optax.adamw(schedule, weight_decay=recipe.weight_decay, mask=decayed),
+        *([_scale_by_path(recipe.rates)] if recipe.rates else []),
+    )
+
+
+def _scale_by_path(
+    rates: tuple[tuple[str, float], ...],
+) -> optax.GradientTransformation:
+    def scale(path: Any, update: jax.Array) -> jax.Array:
+        # The last part of a path into a state is the value of the variable.
+        name = sharding_lib.path_name(path).removesuffix("/value")
+        matches = (rate for pattern, rate in rates if re.fullmatch(pattern, name))
+        return update * next(matches, 1.0)
+
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(scale, updates)
     )
 
 
@@ -122,6 +141,10 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
+INPUTS = ("image", "tokens", "token_types", "mask")
+"""What of a batch a model is called with."""
+
+
 def model_inputs(batch: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a model is called with: images in [-1, 1], or ids, types and mask."""
     if "image" in batch:
@@ -143,8 +166,34 @@ def example_losses(
     return optax.softmax_cross_entropy(outputs, targets)
 
 
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run minimises and what it is judged by: here, the labels of a task."""
+
+    def losses(
+        self,
+        model: Any,
+        batch: dict[str, jax.Array],
+        label_smoothing: float = 0.0,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The loss of every example ``[n]``, and the outputs ``[n, k]``, float32."""
+        outputs = model(*model_inputs(batch), rngs=rngs).astype(jnp.float32)
+        return example_losses(outputs, batch["label"], label_smoothing), outputs
+
+    def scores(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Scores of all outputs, better the larger they are."""
+        return scores(outputs, labels)
+
+
+TASK = Objective()
+
+
 def make_train_step(
-    graphdef: Any, optimizer: optax.GradientTransformation, recipe: Recipe
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    objective: Objective = TASK,
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """Returns ``step(state, projections, frozen, batch) -> (state, metrics)``, pure."""
     augment = AUGMENTATIONS[recipe.augment]
@@ -159,8 +208,9 @@ def make_train_step(
             # Copies, since nnx.remat writes to all variables of the model.
             model = nnx.merge(graphdef, params, projections, frozen, copy=True)
             rngs = nnx.Rngs(dropout=dropout_key)
-            outputs = model(*model_inputs(batch), rngs=rngs).astype(jnp.float32)
-            losses = example_losses(outputs, batch["label"], recipe.label_smoothing)
+            losses, outputs = objective.losses(
+                model, batch, recipe.label_smoothing, rngs
+            )
             return jnp.mean(losses), outputs
 
         (loss, outputs), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -185,7 +235,9 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(graphdef: Any) -> Callable[..., dict[str, jax.Array]]:
+def make_eval_step(
+    graphdef: Any, objective: Objective = TASK
+) -> Callable[..., dict[str, jax.Array]]:
     """Returns ``step(params, projections, frozen, batch) -> outputs``, pure.
 
     Beside the outputs of every example stand its loss, label and weight.
@@ -193,10 +245,10 @@ def make_eval_step(graphdef: Any) -> Callable[..., dict[str, jax.Array]]:
 
     def eval_step(params, projections, frozen, batch):
         model = nnx.merge(graphdef, params, projections, frozen)
-        outputs = model(*model_inputs(batch)).astype(jnp.float32)
+        losses, outputs = objective.losses(model, batch)
         return {
             "outputs": outputs,
-            "loss": example_losses(outputs, batch["label"]),
+            "loss": losses,
             "label": batch["label"],
             "weight": batch["weight"],
         }
@@ -272,11 +324,12 @@ def jit_train_step(
     optimizer: optax.GradientTransformation,
     recipe: Recipe,
     in_shardings: tuple[Any, Any, Any, Any],
+    objective: Objective = TASK,
 ) -> Any:
     """The jitted training step, which reuses the memory of the state it is given."""
     replicated = sharding_lib.replicated(in_shardings[-1].mesh)
     return jax.jit(
-        make_train_step(graphdef, optimizer, recipe),
+        make_train_step(graphdef, optimizer, recipe, objective),
         in_shardings=in_shardings,
         out_shardings=(in_shardings[0], replicated),
         donate_argnums=0,
@@ -309,6 +362,8 @@ def fit(
     keep: int = 2,
     keep_best: bool = False,
     resume: str | pathlib.Path | None = None,
+    objective: Objective = TASK,
+    loader: Callable[..., data_lib.TrainLoader] = data_lib.TrainLoader,
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Trains the parameters that ``trainable`` selects and evaluates them.
 
@@ -328,6 +383,8 @@ def fit(
       keep_best: return the parameters of the best evaluation, not of the last step.
       resume: ``workdir`` of an earlier run of the same recipe, to go on from while
         this one has no checkpoint of its own.
+      objective: the loss and the scores.
+      loader: makes the loader of the training batches.
 
     Returns:
       The trained model and its result: final metrics, best metric, seconds.
@@ -345,9 +402,7 @@ def fit(
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }
-    loader = data_lib.TrainLoader(
-        dataset.train, recipe.batch_size, recipe.seed, **process
-    )
+    batches_of = loader(dataset.train, recipe.batch_size, recipe.seed, **process)
     scored = getattr(dataset, recipe.eval_split)
     if recipe.batch_size % mesh.shape["data"]:
         raise ValueError(
@@ -396,9 +451,9 @@ def fit(
         best_params = restored.pop("best_params", None)
         state, best, seconds = restored, record["best"], record["seconds"]
     start = int(state["step"])
-    train_step = jit_train_step(graphdef, optimizer, recipe, in_shardings)
+    train_step = jit_train_step(graphdef, optimizer, recipe, in_shardings, objective)
     eval_step = jax.jit(
-        make_eval_step(graphdef),
+        make_eval_step(graphdef, objective),
         in_shardings=(state_shardings["params"], *shared),
         out_shardings=sharding_lib.replicated(mesh),
     )
@@ -411,7 +466,8 @@ def fit(
         whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         real = whole["weight"] > 0  # the last batch is filled up
         loss = float(np.mean(whole["loss"][real], dtype=np.float64))
-        return {"loss": loss} | scores(whole["outputs"][real], whole["label"][real])
+        found = objective.scores(whole["outputs"][real], whole["label"][real])
+        return {"loss": loss} | found
 
     def save(step: int) -> None:
         record = {
@@ -435,10 +491,10 @@ def fit(
     progress = Progress(name, start, recipe.steps, quiet=not chief)
     evaluation: dict[str, float] = {}
     step_seconds: list[float] = []
-    compiled: Any = None
+    programs: dict[Any, Any] = {}  # one a shape of the batch
     memory = 0
     batches = data_lib.prefetch(
-        lambda step: sharding_lib.place(loader.batch(step), batch_sharding),
+        lambda step: sharding_lib.place(batches_of.batch(step), batch_sharding),
         start,
         recipe.steps,
     )
@@ -447,12 +503,14 @@ def fit(
             last_good = start
             clock = time.monotonic()
             for step, batch in enumerate(batches, start + 1):
-                if compiled is None:
-                    arguments = (state, projections, frozen, batch)
-                    compiled = train_step.lower(*arguments).compile()
-                    memory = peak_bytes(compiled)
-                    clock = time.monotonic()
-                state, metrics = compiled(state, projections, frozen, batch)
+                arguments = (state, projections, frozen, batch)
+                shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+                if shapes not in programs:
+                    before = time.monotonic()
+                    programs[shapes] = train_step.lower(*arguments).compile()
+                    memory = max(memory, peak_bytes(programs[shapes]))
+                    clock += time.monotonic() - before
+                state, metrics = programs[shapes](*arguments)
                 last = step == recipe.steps
                 stopping = stop_requested(step)
                 saving = last or stopping or _due(step, recipe.checkpoint_every)
@@ -529,7 +587,8 @@ def _check_recipe(
     free = {"log_every", "eval_every", "checkpoint_every"}
     changed = {
         name: (stored.get(name), value)
-        for name, value in dataclasses.asdict(recipe).items()
+        # As JSON, which knows no tuples, gave the stored ones back.
+        for name, value in json.loads(json.dumps(dataclasses.asdict(recipe))).items()
         if name not in free and stored.get(name) != value
     }
     if changed:

@@ -7,6 +7,7 @@ from snnk_jax import activations as activations
 from snnk_jax import adapters as adapters
 from snnk_jax import bundling as bundling
 from snnk_jax import calibration as calibration
+from snnk_jax import compression as compression
 from snnk_jax import diagnostics as diagnostics
 from snnk_jax import features as features
 from snnk_jax import infinite as infinite
@@ -16,6 +17,8 @@ from snnk_jax import nn as nn
 from snnk_jax import projections as projections
 from snnk_jax import ridge as ridge
 from snnk_jax.bundling import bundle as bundle
+from snnk_jax.compression import CompressRule as CompressRule
+from snnk_jax.compression import compress as compress
 from snnk_jax.ops import contract as contract
 from snnk_jax.ops import snnk_dense as snnk_dense
 from snnk_jax.surgery import SwapReport as SwapReport

@@ -39,7 +39,8 @@ FLAX = {
     },
     "compression": {
         *("typing", "activations", "kernels", "features", "ops", "calibration"),
-        *("diagnostics", "ridge", "nn", "surgery", "models"),
+        *("diagnostics", "ridge", "nn", "surgery", "models", "adapters", "_files"),
+        "projections",
     },
     "estimators": {
         *("typing", "activations", "features", "ops", "bundling", "infinite", "ridge"),

@@ -63,7 +63,7 @@ def describe(module: nnx.Module) -> dict[str, Any] | None:
     return None
 
 
-def _describe_features(fm: features_lib.FeatureMap) -> dict[str, Any]:
+def describe_features(fm: features_lib.FeatureMap) -> dict[str, Any]:
     fields = {
         f.name: _describe_field(getattr(fm, f.name))
         for f in dataclasses.fields(fm)
@@ -75,13 +75,13 @@ def _describe_features(fm: features_lib.FeatureMap) -> dict[str, Any]:
 def _describe_field(value: Any) -> Any:
     """A feature map in a field as its description, alone or in a tuple."""
     if isinstance(value, features_lib.FeatureMap):
-        return _describe_features(value)
+        return describe_features(value)
     if isinstance(value, tuple):
         return [_describe_field(item) for item in value]
     return value
 
 
-def _build_features(spec: dict[str, Any]) -> features_lib.FeatureMap:
+def build_features(spec: dict[str, Any]) -> features_lib.FeatureMap:
     kind = getattr(features_lib, str(spec["kind"]), None)
     if not (isinstance(kind, type) and issubclass(kind, features_lib.FeatureMap)):
         raise ValueError(f"features must be a known feature map. Got {spec['kind']!r}.")
@@ -90,7 +90,7 @@ def _build_features(spec: dict[str, Any]) -> features_lib.FeatureMap:
 
 def _build_field(value: Any) -> Any:
     if isinstance(value, dict):
-        return _build_features(value)
+        return build_features(value)
     if isinstance(value, list):
         return tuple(_build_field(item) for item in value)
     return value
@@ -108,7 +108,7 @@ def _param_dtype(module: Any) -> dict[str, str]:
 def _describe_snnk(adapter: SNNKAdapter) -> dict[str, Any]:
     return {
         "dim": adapter.dim,
-        "features": _describe_features(adapter.projection.features),
+        "features": describe_features(adapter.projection.features),
         "normalize": adapter.normalize,
         "standardize": adapter.standardize,
         "rank": adapter.rank,
@@ -141,7 +141,7 @@ def _snnk_shapes(spec: dict[str, Any]) -> nnx.Module:
     }
     return SNNKAdapter(
         spec["dim"],
-        features=_build_features(spec["features"]),
+        features=build_features(spec["features"]),
         rngs=nnx.Rngs(0),
         **options,
     )

@@ -274,10 +274,10 @@ class ViT(nnx.Module):
             return load_vit(path, **options)
         return import_vit(path, **options)[0]
 
-    def features(
+    def hidden_states(
         self, images: Float[Array, "*b h w c"], *, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "*b d"]:
-        """Returns the pooled representation that the head reads."""
+    ) -> Float[Array, "*b t d"]:
+        """Returns what the last LayerNorm makes of every token."""
         config = self.config
         expected = (*config.image_shape, config.channels)
         if images.shape[-3:] != expected:
@@ -298,8 +298,14 @@ class ViT(nnx.Module):
         apply = nnx.remat(_apply_block) if config.remat else _apply_block
         for block in self.blocks:
             x = apply(block, x, rngs)
-        x = self.norm(x)
-        return x[..., 0, :] if config.pool == "cls" else jnp.mean(x, axis=-2)
+        return self.norm(x)
+
+    def features(
+        self, images: Float[Array, "*b h w c"], *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "*b d"]:
+        """Returns the pooled representation that the head reads."""
+        x = self.hidden_states(images, rngs=rngs)
+        return x[..., 0, :] if self.config.pool == "cls" else jnp.mean(x, axis=-2)
 
     def __call__(
         self, images: Float[Array, "*b h w c"], *, rngs: nnx.Rngs | None = None
