@@ -69,6 +69,11 @@ class Recipe:
     rates: tuple[tuple[str, float], ...] = ()
 
 
+def record_of(recipe: Recipe) -> dict[str, Any]:
+    """The fields as JSON gives them back: lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW at learning rate 1 with warm-up and cosine decay; biases do not decay.
 
@@ -474,7 +479,7 @@ def fit(
             "best": best,
             "seconds": seconds,
             "data": {"seed": recipe.seed, "next_example": step * recipe.batch_size},
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": record_of(recipe),
         }
         checkpoints.save(step, saved(state, best_params), record)
 
@@ -572,7 +577,7 @@ def fit(
         "step_ms": 1e3 * float(np.median(step_seconds or [seconds / recipe.steps])),
         "memory_bytes": memory,
         "together": 1,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": record_of(recipe),
     }
     if chief:
         write_json(result_path, result)
@@ -587,8 +592,7 @@ def _check_recipe(
     free = {"log_every", "eval_every", "checkpoint_every"}
     changed = {
         name: (stored.get(name), value)
-        # As JSON, which knows no tuples, gave the stored ones back.
-        for name, value in json.loads(json.dumps(dataclasses.asdict(recipe))).items()
+        for name, value in record_of(recipe).items()
         if name not in free and stored.get(name) != value
     }
     if changed:

@@ -9,6 +9,8 @@ def result(method, accuracy, seed=0, trained=100):
         "score": accuracy,
         "step_ms": 10.0 + seed,
         "seconds": 2.0,
+        "memory_bytes": 6_000_000,
+        "together": 2,
         "adapter_bytes": 1234,
         "counts": {"trained": trained, "head": 10, "projections": 7},
         "recipe": {"learning_rate": 1e-3, "seed": seed, "eval_split": "test"},
@@ -24,6 +26,7 @@ def test_seeds_are_taken_together():
     assert (rows[0]["low"], rows[0]["high"]) == (0.5, 0.7)
     assert rows[0]["step_ms"] == 10.5
     assert rows[0]["seconds"] == 4.0
+    assert rows[0]["memory_bytes"] == 3_000_000  # a run's share of the program's
 
 
 def test_the_table_reads_as_text():
