@@ -62,7 +62,7 @@ class Features:
       degree: the highest Hermite degree of a sketch.
       width: columns of a random block of each activation but the last, whose blocks
         share out ``num_features``: a number, or one for each. By default
-        ``num_features`` without positions, and with positions the 32nd part of it,
+        ``num_features`` without positions, and with positions the 16th part of it,
         growing as the root of how much fewer the positions become.
       exact: whether low degrees are kept apart.
       normalize: whether norms are corrected.
@@ -322,7 +322,7 @@ def _width(options: Features, index: int, positions: int, left: int) -> int:
     if positions == 1:
         return options.num_features
     growth = math.sqrt(positions / max(left, 1))
-    return max(8, min(options.num_features, int(options.num_features / 32 * growth)))
+    return max(8, min(options.num_features, int(options.num_features / 16 * growth)))
 
 
 def functions(layer: _layers.Layer) -> list[_layers.Activation]:
@@ -396,7 +396,7 @@ def _(layer: _layers.LayerNorm, state: State, build: _Build) -> State:
     square = square_norm(state.phi)
     present = square > 0
     root = jnp.where(present, jax.lax.rsqrt(jnp.where(present, square, 1)), 0)
-    total = sum(v.after for v in state.phi)
+    total = sum((v.after for v in state.phi), 0.0)
     return _each(state, build, lambda x: x * root[..., None], 1 / max(total, 1e-30))
 
 

@@ -32,7 +32,7 @@ def conv(strides=None, padding="SAME"):
 
 RELU = activation("relu")
 CONV = infinite.serial(
-    conv(), RELU, infinite.AvgPool((2, 2)), infinite.GlobalAvgPool(), infinite.Dense(1)
+    conv(), RELU, infinite.AvgPool((2, 2)), infinite.GlobalAvgPool(), infinite.Dense(1.0)
 )
 
 
