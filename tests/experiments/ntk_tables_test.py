@@ -150,8 +150,8 @@ def test_no_test_row_is_tuned_on():
 
 
 def test_the_sets_are_the_90_of_the_paper(data_dir):
-    config = load_config("configs/ntk_uci.py")
-    config.data.dir = str(data_dir("uci121"))
+    directory = {"data.dir": str(data_dir("uci121"))}
+    config = load_config("configs/ntk_uci.py", directory)
     tables = ntk_tables.tables(config)
     assert len(tables) == 90
     assert all(len(t.splits) == 4 and len(t.x) <= 5000 for t in tables)
@@ -160,8 +160,9 @@ def test_the_sets_are_the_90_of_the_paper(data_dir):
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, data_dir):
-    config = quick(sets=("iris",), methods=("ntk_svc", "linear_ridge", "forest"))
-    config.data.dir = str(data_dir("uci121"))
+    directory = {"data.dir": str(data_dir("uci121"))}
+    methods = ("ntk_svc", "linear_ridge", "forest")
+    config = quick(sets=("iris",), methods=methods, **directory)
     rows = ntk_tables.run(config, tmp_path, "command")
     file = pathlib.Path(tmp_path) / "rows.jsonl"
     lines = file.read_text().splitlines()
@@ -197,8 +198,7 @@ def test_mistakes_are_found_before_any_work(key, value, words):
 
 
 def test_sets_with_a_test_file_are_not_the_papers(data_dir):
-    config = quick(sets=("monks-1",))
-    config.data.dir = str(data_dir("uci121"))
+    config = quick(sets=("monks-1",), **{"data.dir": str(data_dir("uci121"))})
     with pytest.raises(ValueError, match="must leave a set without a test file"):
         ntk_tables.tables(config)
 
