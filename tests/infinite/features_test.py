@@ -243,7 +243,7 @@ def test_norms_are_exact_without_pools():
 def test_degrees_zero_and_one_are_exact():
     # Nothing is left for random features, whatever their number.
     linear = activation("polynomial", coefficients=(0.4, 0.9))
-    features = mlp(linear, 2).features(64, width=4, kind="nngp")
+    features = mlp(linear, 2).features(64, width=16, kind="nngp")
     assert error(features, vectors()) < 1e-5
 
 
