@@ -11,8 +11,12 @@ regression against images and features. Images are standardised one by one and w
     python -m experiments.main --config=configs/cntk_cifar10.py \
         --config.data.dir=FOLDER_OF_THE_NPZ
 
-is sized for 2 CPU cores. The whole of CIFAR-10 on one GPU, 8192 features of Myrtle-5 in
-one pass over 60000 images and one solution:
+is sized for 2 CPU cores, an hour or two by estimate. Measured on 12 images with 2048
+features of Myrtle-5: errors of 0.7 % to 3.1 % over 3 seeds, and features of 1000 images
+in 1/800 of the extrapolated time of their exact kernel.
+
+The whole of CIFAR-10 on one GPU, 8192 features of Myrtle-5 in one pass over 60000
+images and one solution:
 
     python -m experiments.main --config=configs/cntk_cifar10.py:gpu \
         --config.data.dir=FOLDER_OF_THE_NPZ --workdir=DIR

@@ -201,12 +201,12 @@ def measure_cost(
     }
 
 
-def _slices(x: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+def _slices(x: np.ndarray, size: int) -> Iterator[tuple[Array, int]]:
     """Slices of one shape, the last filled up, and how many rows count."""
     for start in range(0, len(x), size):
         part = x[start : start + size]
         padding = [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1)
-        yield np.pad(part, padding), len(part)
+        yield jnp.asarray(np.pad(part, padding)), len(part)
 
 
 def _phi_of(x: np.ndarray, phi: Any, config: Any) -> np.ndarray:
@@ -295,7 +295,7 @@ def _gather(
     ):
         weights = (np.arange(len(part)) < n).astype(np.float32)
         stats = ridge.update_chunks(
-            stats, phi(part), jnp.asarray(target), jnp.asarray(weights), chunk_size=1024
+            stats, phi(part), target, jnp.asarray(weights), chunk_size=1024
         )
         jax.block_until_ready(stats)
         seen += n

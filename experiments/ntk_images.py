@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import plots, ridge_images
@@ -38,7 +39,7 @@ def measure_exact(rows: int, images: Images, config: Any) -> dict[str, Any]:
     order = np.random.default_rng(0).permutation(len(images.x_train))[:rows]
     centre, scale = ridge_images.pixel_scale(images)
     x = np.concatenate([images.x_train[order], images.x_test])
-    x = (x.reshape(len(x), -1).astype(np.float32) - centre) * scale
+    x = jnp.asarray((x.reshape(len(x), -1).astype(np.float32) - centre) * scale)
     net = ridge_images.relu_network(config.depth)
     kernel = np.concatenate(
         [

@@ -126,7 +126,8 @@ def support_vectors(kernel: np.ndarray, y: np.ndarray, steps: int) -> Predict:
                     machine.fit(train, known)
                 predictions = machine.predict(judge)
                 # Where no multiplier meets its bound, a higher one changes nothing.
-                bounded = np.abs(machine.dual_coef_).max() >= cost
+                multipliers: Any = machine.dual_coef_
+                bounded = np.abs(multipliers).max() >= cost
             yield predictions
 
     return predict
@@ -158,13 +159,12 @@ def feature_ridge(phi: np.ndarray, y: np.ndarray, classes: int) -> Predict:
     """Ridge regression of labels on features: :func:`kernel_ridge` of their kernel."""
 
     def predict(split: Split, penalties: Sequence[float]) -> Iterator[np.ndarray]:
-        train, judge = phi[split.fit], phi[split.judge]
-        targets = _targets(y[split.fit], classes)
+        train, judge = phi[split.fit].astype(np.float32), phi[split.judge]
+        targets = _targets(y[split.fit], classes).astype(np.float32)
         scale = _positive(np.sum(np.var(train, axis=0, dtype=np.float64)))
         for penalty in penalties:
-            solution = ridge.fit(
-                train, targets.astype(np.float32), l2=penalty * scale / len(train)
-            )
+            l2 = penalty * scale / len(train)
+            solution = ridge.fit(jnp.asarray(train), jnp.asarray(targets), l2=l2)
             yield judge @ np.asarray(solution.kernel) + np.asarray(solution.bias)
 
     return predict
@@ -176,10 +176,10 @@ def forest(x: np.ndarray, y: np.ndarray, trees: int, seed: int) -> Predict:
 
     def predict(split: Split, shares: Sequence[float]) -> Iterator[np.ndarray]:
         for share in shares:
-            count = max(1, round(share * x.shape[1]))
-            model = RandomForestClassifier(
-                trees, max_features=count, random_state=seed, n_jobs=1
-            )
+            options: dict[str, Any] = {
+                "max_features": max(1, round(share * x.shape[1]))
+            }
+            model = RandomForestClassifier(trees, random_state=seed, **options)
             model.fit(x[split.fit], y[split.fit])
             yield model.predict(x[split.judge])
 

@@ -178,7 +178,7 @@ def _energies(
 
 
 def _energy(vectors: Sequence[Vectors]) -> float:
-    return sum(v.after for v in vectors)
+    return sum((v.after for v in vectors), 0.0)
 
 
 def compress(

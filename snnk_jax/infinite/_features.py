@@ -61,8 +61,8 @@ class Features:
         that have no features but a series.
       degree: the highest Hermite degree of a sketch.
       width: columns of a random block of each activation but the last, whose blocks
-        share out ``num_features``: a number, or one for each. By default
-        ``num_features`` without positions, and with positions the 32nd part of it,
+        share out ``num_features``: a number, or one for each. By default the 4th part
+        of ``num_features`` without positions, and with positions the 16th part,
         growing as the root of how much fewer the positions become.
       exact: whether low degrees are kept apart.
       normalize: whether norms are corrected.
@@ -214,10 +214,13 @@ class Features:
 
     def phi(self, params: Params, x: Float[Array, "n *s d"]) -> Float[Array, "n m"]:
         """Maps examples to features, each example for itself."""
-        if x.ndim < 2:
+        if x.ndim < 2 or not len(x):
             raise ValueError(
-                f"inputs must be [n, *positions, channels]. Got shape {x.shape}."
+                "inputs must be [n, *positions, channels] with n at least 1. "
+                f"Got shape {x.shape}."
             )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"inputs must be real floating point. Got {x.dtype}.")
         return _phi(self, params, x)
 
     def _features(self, draw: Any, x: Array) -> Array:
@@ -320,9 +323,9 @@ def _width(options: Features, index: int, positions: int, left: int) -> int:
     if options.width:
         return options.width
     if positions == 1:
-        return options.num_features
+        return max(64, options.num_features // 4)
     growth = math.sqrt(positions / max(left, 1))
-    return max(8, min(options.num_features, int(options.num_features / 32 * growth)))
+    return max(8, min(options.num_features, int(options.num_features / 16 * growth)))
 
 
 def functions(layer: _layers.Layer) -> list[_layers.Activation]:
@@ -396,7 +399,7 @@ def _(layer: _layers.LayerNorm, state: State, build: _Build) -> State:
     square = square_norm(state.phi)
     present = square > 0
     root = jnp.where(present, jax.lax.rsqrt(jnp.where(present, square, 1)), 0)
-    total = sum(v.after for v in state.phi)
+    total = sum((v.after for v in state.phi), 0.0)
     return _each(state, build, lambda x: x * root[..., None], 1 / max(total, 1e-30))
 
 

@@ -1,6 +1,5 @@
 """Gradients of a finite network as features of the NTK: the baseline."""
 
-import functools
 from typing import Any
 
 import jax
@@ -20,8 +19,8 @@ def width_for(
     """
 
     def size(width: int) -> int:
-        init = functools.partial(_finite.finite(net, width).init, shape=input_shape)
-        shapes = jax.eval_shape(init, jax.random.key(0))
+        init = _finite.finite(net, width).init
+        shapes = jax.eval_shape(lambda key: init(key, input_shape), jax.random.key(0))
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
     if size(1) > num_features:

@@ -48,8 +48,8 @@ class Vectors:
     @property
     def taps(self) -> int:
         """Positions of the filter."""
-        conv = isinstance(self.layer, _layers.Conv)
-        return math.prod(self.layer.filter_shape) if conv else 1
+        conv = self.layer if isinstance(self.layer, _layers.Conv) else None
+        return math.prod(conv.filter_shape) if conv else 1
 
     @property
     def width(self) -> int:
@@ -71,7 +71,7 @@ def square_norm(vectors: Sequence[Vectors]) -> Array:
     total: Any = 0
     for v in vectors:
         p = jnp.sum(v.array * v.array, axis=-1)
-        if v.taps > 1 or isinstance(v.layer, _layers.Conv):
+        if isinstance(v.layer, _layers.Conv):
             conv: Any = v.layer
             axes = tuple(range(1, p.ndim))
             window = (conv.filter_shape, conv.strides, conv.padding)

@@ -45,13 +45,16 @@ def test_the_exact_kernel_is_an_expectation():
     np.testing.assert_allclose(dual_error.exact_kernel("step", x), expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "tanh", "elu", "sin", "sign"])
-@pytest.mark.parametrize("norm", [0.5, 4.0])
+@pytest.mark.parametrize(
+    ("activation", "norm"),
+    [("gelu", 0.5), ("gelu", 4.0), ("sin", 4.0), ("elu", 2.0), ("sign", 1.0)],
+)
 def test_the_bound_holds_and_errors_fall(activation, norm):
     row = dual_error.measure(activation, norm, quick(degrees=1))
-    assert max(np.array(row["bound_ratio"])[np.array(row["worst"]) > 1e-9]) < 1.0001
-    assert np.all(np.array(row["own"]) <= np.array(row["bound"]) * 1.0001)
-    assert row["own"][10] <= 0.3 * row["own"][0]
+    assert max(row["excess"]) < 1e-12
+    assert np.all(np.array(row["own"]) <= np.array(row["bound"]) + 1e-12)
+    assert np.all(np.diff(row["worst"]) < 1e-12)
+    assert row["worst"][10] < row["worst"][0]
 
 
 def test_monte_carlo_falls_with_the_root_of_its_samples():

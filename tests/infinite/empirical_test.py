@@ -13,7 +13,7 @@ X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
 
 
 def apply(params, x):
-    return jnp.tanh(x @ params["first"]) @ params["second"] + params["bias"]
+    return jnp.tanh(x @ params["first"]) @ params["second"] + params["bias"][None]
 
 
 def draw(key):
