@@ -140,7 +140,7 @@ def _measure(
         method=choice.method,
         weights=case.weights,
         apply=case.apply,
-        probes=4,
+        probes=2,
         seed=config.seed,
         **dict(choice.options),
     )

@@ -155,6 +155,8 @@ def compress(
                 block=block,
                 root=roots.get(block.name),
                 scales=scales.get(block.name),
+                # Nothing is replaced yet: there is no error to make good.
+                corrected=False,
                 label="alone",
             )
             for block in blocks
