@@ -199,6 +199,8 @@ class _Study:
         rows = rows[: max(len(rows) // batch, 1) * batch]
         if isinstance(split, sentences.Sentences):
             rows = rows[np.argsort(split.lengths[rows], kind="stable")]
+            # Two shapes: compress compiles a good deal for each and every block.
+            split = dataclasses.replace(split, step=-(-split.tokens.shape[1] // 2))
         for start in range(0, len(rows), batch):
             examples = split.__getitems__(rows[start : start + batch])
             yield {k: v for k, v in examples.items() if k not in ("label", "hidden")}
