@@ -140,7 +140,7 @@ def _measure(
         method=choice.method,
         weights=case.weights,
         apply=case.apply,
-        probes=2,
+        probes=4,
         seed=config.seed,
         **dict(choice.options),
     )

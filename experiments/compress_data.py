@@ -198,9 +198,13 @@ def _apply_images(model: Any, images: Any) -> Any:
 
 
 def _batches(split: sentences.Sentences, size: int) -> Iterator[Any]:
-    """Sentences of similar length together; the rest that fills no batch is left."""
+    """Sentences of similar length together; the rest that fills no batch is left.
+
+    The batches come in random order: the report looks at the first ones.
+    """
     order = np.argsort(split.lengths, kind="stable")
-    for start in range(0, len(order) - size + 1, size):
+    starts = np.arange(0, len(order) - size + 1, size)
+    for start in np.random.default_rng(0).permutation(starts):
         yield _cut(split, order[start : start + size])
 
 
