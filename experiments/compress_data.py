@@ -75,7 +75,6 @@ def _encoder(config: Any) -> Case:
     texts = sentences.load(
         ("stsb",),
         directory=config.data.dir,
-        train_size=config.calibration,
         val_fraction=config.held_out / 5749,
         **read,
     )
@@ -95,7 +94,7 @@ def _encoder(config: Any) -> Case:
             found[title] = _probe(model, train, test)
         return found | {"STS-B dev": rank(cosines(embed(model, dev)), labels)}
 
-    batches = list(_batches(texts.train, config.batch_size))
+    batches = list(_batches(_drawn(texts.train, config), config.batch_size))
     count = sum(len(batch["tokens"]) for batch in batches)
     tokens = sum(int(batch["mask"].sum()) for batch in batches)
     return Case(
@@ -123,10 +122,10 @@ def _synthetic(config: Any) -> Case:
     )
     model = Bert(sizes, rngs=nnx.Rngs(config.seed))
     dense = cosines(embed(model, texts.val))
-    batches = list(_batches(texts.train, config.batch_size))
+    batches = list(_batches(_drawn(texts.train, config), config.batch_size))
     return Case(
         model=model,
-        batches=batches[: max(1, config.calibration // config.batch_size)],
+        batches=batches,
         norm="norm2",
         weights=_mask,
         apply=_apply_text,
@@ -195,6 +194,13 @@ def _apply_text(model: Any, batch: Any) -> Any:
 
 def _apply_images(model: Any, images: Any) -> Any:
     return model(images)
+
+
+def _drawn(split: sentences.Sentences, config: Any) -> sentences.Sentences:
+    """Some of the sentences, of all kinds: the file has them sorted by their source."""
+    rows = np.random.default_rng(config.seed).permutation(len(split))
+    rows = rows[: config.calibration or None]
+    return sentences.Sentences(split.tokens[rows], split.mask[rows])
 
 
 def _batches(split: sentences.Sentences, size: int) -> Iterator[Any]:
