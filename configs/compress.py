@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
             # Numbers of last blocks that are replaced.
             "last": (6, 3),
             # Sentences or images to calibrate on, 0 for all; a batch.
-            "calibration": 4000,
+            "calibration": 3000,
             "batch_size": 128,
             # Most tokens of a sentence.
             "length": 64,

@@ -8,7 +8,6 @@ import time
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 import snnk_jax as snnk
 from experiments import compress_data, plots
@@ -71,7 +70,7 @@ METHODS = {
 """Keys of ``config.methods``."""
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Any) -> None:
     """Raises ValueError for a value that the experiment could not use."""
     if config.study not in STUDIES:
         raise ValueError(
@@ -94,7 +93,7 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.{name} must not be negative. Got {config[name]}.")
 
 
-def jobs(config: ConfigDict, case: compress_data.Case) -> list[Job]:
+def jobs(config: Any, case: compress_data.Case) -> list[Job]:
     """The dense model, then every method at every budget it can meet."""
     todo: list[Job] = [("dense", functools.partial(_dense, case))]
     for last in config.last:
@@ -124,14 +123,14 @@ def _dense(case: compress_data.Case) -> dict[str, Any]:
 
 def _measure(
     case: compress_data.Case,
-    config: ConfigDict,
+    config: Any,
     key: str,
     last: int,
     budget: float,
     blocks: list[Any],
 ) -> dict[str, Any]:
     choice = METHODS[key]
-    sizes = {block.name: choice.size for block in blocks}
+    sizes = {block.name: choice.size or 0 for block in blocks}
     start = time.perf_counter()
     model, report = snnk.compress(
         case.model,
@@ -173,7 +172,7 @@ def _bytes(model: Any, dense: Any, report: CompressionReport) -> dict[str, Any]:
 
 
 def run(
-    config: ConfigDict, workdir: str | pathlib.Path, command: str = ""
+    config: Any, workdir: str | pathlib.Path, command: str = ""
 ) -> list[dict[str, Any]]:
     """Measures every method and writes the report; finished jobs are not repeated.
 

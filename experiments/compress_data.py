@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 from scipy import stats
 
 import snnk_jax as snnk
@@ -59,7 +58,7 @@ class Case:
         return find_blocks(self.model, self.rules(last))
 
 
-def load(config: ConfigDict) -> Case:
+def load(config: Any) -> Case:
     """The case of a config.
 
     Raises:
@@ -70,13 +69,12 @@ def load(config: ConfigDict) -> Case:
     )
 
 
-def _encoder(config: ConfigDict) -> Case:
+def _encoder(config: Any) -> Case:
     path = weights_path(config.weights)
     read = {"tokenizer": str(path), "length": config.length}
     texts = sentences.load(
         ("stsb",),
         directory=config.data.dir,
-        train_size=config.calibration,
         val_fraction=config.held_out / 5749,
         **read,
     )
@@ -96,7 +94,7 @@ def _encoder(config: ConfigDict) -> Case:
             found[title] = _probe(model, train, test)
         return found | {"STS-B dev": rank(cosines(embed(model, dev)), labels)}
 
-    batches = list(_batches(texts.train, config.batch_size))
+    batches = list(_batches(_drawn(texts.train, config), config.batch_size))
     count = sum(len(batch["tokens"]) for batch in batches)
     tokens = sum(int(batch["mask"].sum()) for batch in batches)
     return Case(
@@ -111,7 +109,7 @@ def _encoder(config: ConfigDict) -> Case:
     )
 
 
-def _synthetic(config: ConfigDict) -> Case:
+def _synthetic(config: Any) -> Case:
     texts = sentences.synthetic(config.length)
     sizes = BertConfig.preset(
         "tiny",
@@ -124,10 +122,10 @@ def _synthetic(config: ConfigDict) -> Case:
     )
     model = Bert(sizes, rngs=nnx.Rngs(config.seed))
     dense = cosines(embed(model, texts.val))
-    batches = list(_batches(texts.train, config.batch_size))
+    batches = list(_batches(_drawn(texts.train, config), config.batch_size))
     return Case(
         model=model,
-        batches=batches[: max(1, config.calibration // config.batch_size)],
+        batches=batches,
         norm="norm2",
         weights=_mask,
         apply=_apply_text,
@@ -137,7 +135,7 @@ def _synthetic(config: ConfigDict) -> Case:
     )
 
 
-def _vit(config: ConfigDict) -> Case:
+def _vit(config: Any) -> Case:
     model = load_vit(weights_path(config.weights))
     data = data_lib.load(
         "tinyimagenet32", image_size=32, directory=config.data.dir, val_fraction=0.1
@@ -198,12 +196,29 @@ def _apply_images(model: Any, images: Any) -> Any:
     return model(images)
 
 
+def _drawn(split: sentences.Sentences, config: Any) -> sentences.Sentences:
+    """Some of the sentences, of all kinds: the file has them sorted by their source."""
+    rows = np.random.default_rng(config.seed).permutation(len(split))
+    rows = rows[: config.calibration or None]
+    return sentences.Sentences(split.tokens[rows], split.mask[rows])
+
+
 def _batches(split: sentences.Sentences, size: int) -> Iterator[Any]:
-    """Sentences of similar length together; the rest that fills no batch is left."""
+    """Sentences of similar length together; the rest that fills no batch is left.
+
+    The batches come in random order: the report looks at the first ones.
+    """
     order = np.argsort(split.lengths, kind="stable")
-    for start in range(0, len(order) - size + 1, size):
-        batch = split.__getitems__(order[start : start + size])
-        yield {"tokens": batch["tokens"], "mask": batch["mask"]}
+    starts = np.arange(0, len(order) - size + 1, size)
+    for start in np.random.default_rng(0).permutation(starts):
+        yield _cut(split, order[start : start + size])
+
+
+def _cut(split: sentences.Sentences, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Sentences as long as the longest, in powers of two: few programs to compile."""
+    longest, full = int(split.lengths[rows].max()), split.mask.shape[1]
+    width = min(max(16, 1 << (longest - 1).bit_length()), full)
+    return {"tokens": split.tokens[rows, :width], "mask": split.mask[rows, :width]}
 
 
 def embed(model: Any, split: sentences.Sentences, size: int = 128) -> np.ndarray:
@@ -215,7 +230,7 @@ def embed(model: Any, split: sentences.Sentences, size: int = 128) -> np.ndarray
         rows = order[start : start + size]
         # The last batch repeats a row: one more shape would be one more program.
         padded = np.pad(rows, (0, size - len(rows)), mode="edge")
-        batch = split.__getitems__(padded)
+        batch = _cut(split, padded)
         values = _embed(graphdef, state, batch["tokens"], batch["mask"])
         parts.append(np.asarray(values)[: len(rows)])
     embedded = np.concatenate(parts)
@@ -239,7 +254,7 @@ def rank(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _probe_data(
-    name: str, config: ConfigDict, tokenizer: str
+    name: str, config: Any, tokenizer: str
 ) -> tuple[tuple[Any, np.ndarray], tuple[Any, np.ndarray]]:
     """The first training rows and the dev rows of a task."""
     encode, found = BertTokenizer(tokenizer), []

@@ -10,17 +10,21 @@ from experiments import glue
 from experiments.data import Batch, TrainLoader
 from snnk_jax.models.bert_tokens import BertTokenizer
 
-# Batches are as long as their longest sentence, in steps of this many tokens: few
-# shapes to compile for.
-_STEP = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class Sentences:
-    """Sentences as token ids ``[n, length]``; batches lose the columns nobody needs."""
+    """Sentences as token ids; batches lose the columns that nobody needs.
+
+    Attributes:
+      tokens: ids ``[n, length]``.
+      mask: False behind the end of a sentence.
+      step: batches are as long as their longest sentence, rounded up to a multiple of
+        this; the larger, the fewer shapes there are to compile for.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
+    step: int = 8
 
     @property
     def lengths(self) -> np.ndarray:
@@ -33,7 +37,7 @@ class Sentences:
     def __getitems__(self, indices: np.ndarray) -> Batch:
         mask = self.mask[indices]
         longest = int(mask.sum(axis=1).max())
-        width = min(-(-longest // _STEP) * _STEP, mask.shape[1])
+        width = min(-(-longest // self.step) * self.step, mask.shape[1])
         tokens = self.tokens[indices, :width]
         types = np.zeros_like(tokens)
         return {"tokens": tokens, "token_types": types, "mask": mask[:, :width]}

@@ -155,6 +155,8 @@ def compress(
                 block=block,
                 root=roots.get(block.name),
                 scales=scales.get(block.name),
+                # Nothing is replaced yet: there is no error to make good.
+                corrected=False,
                 label="alone",
             )
             for block in blocks
@@ -170,7 +172,7 @@ def compress(
             scales=scales.get(block.name),
             label=label,
         )
-        modules = find_modules(current)
+        modules: dict[str, Any] = find_modules(current)
         key = jax.random.fold_in(jax.random.key(seed), index)
         site = Site(task, modules[block.first], modules[block.second], l2, key)
         size = sizes[block.name]
@@ -266,7 +268,7 @@ def _metric(
     if metric == "plain":
         return {}, {}
     if metric == "norm":
-        modules, roots = find_modules(model), {}
+        modules, roots = find_modules(model), dict[str, np.ndarray]()
         for block in blocks:
             scale = getattr(modules[block.stream], "scale", None)
             gain = np.ones(block.out) if scale is None else np.asarray(scale[...])

@@ -52,7 +52,9 @@ class Data:
 
     def __iter__(self) -> Iterator[Any]:
         batches: Any = self.batches
-        return iter(batches() if callable(batches) else batches)
+        if callable(batches):
+            batches = batches()
+        return iter(batches)
 
     def head(self, count: int) -> "Data":
         """The first batches alone, without a folder."""

@@ -87,6 +87,8 @@ def test_batches_lose_the_columns_nobody_needs():
         for rows in ((0,), (0, 1), (2, 0), (3,))
     }
     assert widths == {(0,): 8, (0, 1): 8, (2, 0): 16, (3,): 20}
+    halves = sentences.Sentences(split.tokens, mask, step=10)
+    assert halves.__getitems__(np.array([2]))["mask"].shape == (1, 10)
 
 
 def test_an_epoch_has_every_sentence_once_in_batches_of_similar_length():
