@@ -226,7 +226,7 @@ def _describe_dense(layer: SNNKDense) -> dict[str, Any]:
     return {
         "in_features": layer.in_features,
         "out_features": layer.out_features,
-        "features": _describe_features(layer.projection.features),
+        "features": describe_features(layer.projection.features),
         "use_bias": layer.bias is not None,
         "dtype": None if layer.dtype is None else jnp.dtype(layer.dtype).name,
         "param_dtype": jnp.dtype(layer.readout.dtype).name,
@@ -238,7 +238,7 @@ def _dense_shapes(spec: dict[str, Any]) -> nnx.Module:
     return _DENSE[spec["kind"]](
         spec["in_features"],
         spec["out_features"],
-        features=_build_features(spec["features"]),
+        features=build_features(spec["features"]),
         use_bias=spec["use_bias"],
         dtype=spec["dtype"],
         param_dtype=spec["param_dtype"],
