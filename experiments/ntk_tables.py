@@ -314,9 +314,10 @@ def check(config: Any) -> None:
 
 
 def _groups(methods: Sequence[str]) -> list[list[str]]:
-    """The exact NTK on all sets first: what a run is for if it is stopped."""
+    """The NTK on all sets first, then its features: what a run is for if stopped."""
     first = [method for method in methods if method.startswith("ntk")]
-    return [first, [method for method in methods if method not in first]]
+    second = [method for method in methods if method == "features_ridge"]
+    return [first, second, [m for m in methods if m not in first + second]]
 
 
 def run(
