@@ -314,10 +314,9 @@ def check(config: Any) -> None:
 
 
 def _groups(methods: Sequence[str]) -> list[list[str]]:
-    """The NTK on all sets first, then its features: what a run is for if stopped."""
+    """The exact NTK on all sets first: what a run is for if it is stopped."""
     first = [method for method in methods if method.startswith("ntk")]
-    second = [method for method in methods if method == "features_ridge"]
-    return [first, second, [m for m in methods if m not in first + second]]
+    return [first, [method for method in methods if method not in first]]
 
 
 def run(
