@@ -139,11 +139,6 @@ def _apply(v: Vectors, rows: Array, precision: Precision) -> Array:
 
 def _pad(x: Array, conv: _layers.Conv) -> Array:
     strides: Any = conv.strides
-    if x.ndim - 2 != len(conv.filter_shape) or len(conv.filter_shape) > 3:
-        raise ValueError(
-            f"filter_shape must have one extent for each spatial axis, at most 3. "
-            f"Got {conv.filter_shape} for inputs of shape {x.shape}."
-        )
     pads = [
         _positions.margins(extent, window, stride, conv.padding)
         for extent, window, stride in zip(

@@ -444,7 +444,7 @@ def test_wrong_inputs_are_refused(unchecked):
     with pytest.raises(ValueError, match="net must end without positions"):
         open_end.features(8, width=()).init(key, (4, 4, 2))
     flat = infinite.serial(conv(), RELU, infinite.Flatten(), infinite.Dense(1.0))
-    with pytest.raises(ValueError, match="filter_shape must have one extent"):
+    with pytest.raises(ValueError, match="window must have one extent"):
         flat.features(8).init(key, (4, 2))
     with pytest.raises(ValueError, match="num_features must be at least"):
         DENSE.features(3, method="gradient").init(key, (DIM,))
