@@ -225,7 +225,7 @@ def test_truncation_bounds_the_error_and_is_met_on_the_diagonal():
                 _hermite.coefficients(function, degree + 1, jnp.sqrt(v))
                 for v in (pair.p, pair.r)
             )
-            powers = jnp.asarray(RHO)[:, None] ** jnp.arange(degree + 1)[None]
+            powers = jnp.asarray(np.asarray(RHO)[:, None] ** np.arange(degree + 1.0))
             error = jnp.abs(_duals.dual(function, pair).k - jnp.sum(a * b * powers, 1))
             tau = [
                 _hermite.truncation(function, c, jnp.sqrt(v))
@@ -249,7 +249,8 @@ def test_angle_is_atan2(dtype):
                 np.testing.assert_allclose(
                     value, expected, rtol=8 * np.finfo(dtype).eps
                 )
-        slopes = jax.grad(lambda y, x: angle(y, x), (0, 1))(jnp.zeros((), dtype), 0.0)
+        zero = jnp.zeros((), dtype)
+        slopes = jax.grad(lambda y, x: angle(y, x), (0, 1))(zero, zero)
         assert slopes[0] == 0
 
 
