@@ -74,6 +74,7 @@ def quadrature(f, p, r, rho):
     return np.sum(weights * f(math.sqrt(p) * g) * np.sum(w * f(v), axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tanh", "softplus", "silu"])
 @pytest.mark.parametrize("scale", [0.5, 30.0])
 def test_logistic_functions_against_quadrature(name, scale):
@@ -149,9 +150,19 @@ def test_the_expansion_at_each_norm_is_the_closed_form(name):
         np.testing.assert_allclose(exact.kdot, expanded.kdot, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", EVERY)
+_QUICK = ("relu", "sign", "gelu", "tanh", "elu", "hermite")
+
+
 @pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)]
+    ("name", "dtype"),
+    [
+        pytest.param(
+            *(name, dtype),
+            marks=() if (name in _QUICK and dtype == "float32") else pytest.mark.slow,
+        )
+        for name in EVERY
+        for dtype in ("float32", "float64")
+    ],
 )
 def test_edges_and_gradients_are_finite(name, dtype):
     """Equal, opposite and zero inputs; k and its slope by Price's theorem."""

@@ -108,6 +108,7 @@ def test_duplicates_in_a_wide_block_are_found():
             np.testing.assert_allclose(ntk[i, i], np.sqrt(p[i] * r[i]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_over_devices_are_the_same_kernel(mesh):
     net = relu_network()
     for n in (16, 21):
@@ -168,7 +169,7 @@ def layers_of(name):
     return conv, infinite.LayerNorm(), middle, after, middle
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu"])
+@pytest.mark.parametrize("name", ["relu", pytest.param("gelu", marks=pytest.mark.slow)])
 def test_equal_positions_are_part_of_all_pairs(name):
     """The same network by both routes: a pool over one position changes nothing."""
     layers, dense = layers_of(name), infinite.Dense(1.0, 0.3)
@@ -220,10 +221,10 @@ def test_branches_add_like_a_residual():
 @pytest.mark.parametrize(
     "name",
     [
-        *("relu", "gelu"),
+        "relu",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("sign", "tanh", "elu")
+            for name in ("gelu", "sign", "tanh", "elu")
         ),
     ],
 )
@@ -251,6 +252,7 @@ def test_gradients_are_finite_and_right(name):
     assert np.isfinite(slope).all()
 
 
+@pytest.mark.slow
 def test_gradients_of_images_are_finite():
     net = infinite.serial(
         *layers_of("relu"), infinite.GlobalAvgPool(), infinite.Dense()

@@ -138,6 +138,7 @@ def test_all_powers_are_unbiased(degree):
     assert np.all(np.abs(values.mean(axis=0) - exact) < bound)
 
 
+@pytest.mark.slow
 def test_powers_of_a_tree_grow_slower_than_those_of_a_convolution():
     tree = sketches.PolySketch(num_features=64, degree=8)
     flat = sketches.TensorSketch(num_features=64, degree=8)
