@@ -10,6 +10,11 @@ training sets, and is judged by the similarities of STS-B:
     python -m experiments.main --config=configs/bert_uptrain.py \
         --config.data.dir=FOLDER_OF_GLUE
 
+Expected on the STS-B development set, Spearman's correlation, dense 0.8672: 96 units a
+block (0.063 of the feed-forward parameters) 0.854 before and 0.865 after training, 48
+units (0.032) 0.852 and 0.865; one seed, about 12 minutes of one CPU core each. The
+arguments below have not been run but for ``:quicktest``.
+
 Arguments behind a colon:
 
 * ``:starts``  the ablation: own units, random units, the paper's Psi(W) and random

@@ -9,6 +9,8 @@ numbers, beside the dense model that is trained alike:
     python -m experiments.main --config=configs/vit_uptrain.py \
         --config.data.dir=FOLDER_OF_CIFAR10_JPEG
 
+Not run yet but for ``:quicktest``: the settings are first guesses.
+
 Arguments behind a colon:
 
 * ``:embedding``  no labels: the small model follows the dense one's embeddings; the
