@@ -68,6 +68,10 @@ class Recipe:
     checkpoint_every: int = 0
     rates: tuple[tuple[str, float], ...] = ()
 
+    def record(self) -> dict[str, Any]:
+        """The fields as a file gives them back: JSON has lists for tuples."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW at learning rate 1 with warm-up and cosine decay; biases do not decay.
@@ -461,7 +465,7 @@ def fit(
             "best": best,
             "seconds": seconds,
             "data": {"seed": recipe.seed, "next_example": step * recipe.batch_size},
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": recipe.record(),
         }
         checkpoints.save(step, saved(state, best_params), record)
 
@@ -548,7 +552,7 @@ def fit(
         "best": best,
         "seconds": seconds,
         "step_ms": 1e3 * float(np.median(step_seconds or [seconds / recipe.steps])),
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.record(),
     }
     if chief:
         write_json(result_path, result)
@@ -563,8 +567,7 @@ def _check_recipe(
     free = {"log_every", "eval_every", "checkpoint_every"}
     changed = {
         name: (stored.get(name), value)
-        # As JSON, which knows no tuples, gave the stored ones back.
-        for name, value in json.loads(json.dumps(dataclasses.asdict(recipe))).items()
+        for name, value in recipe.record().items()
         if name not in free and stored.get(name) != value
     }
     if changed:
