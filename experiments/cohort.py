@@ -170,7 +170,7 @@ def fit(
                 "step_ms": 1e3 * float(np.median(seconds)) / size / len(recipes),
                 "memory_bytes": memory,
                 "together": len(recipes),
-                "recipe": train.record_of(r),
+                "recipe": r.record(),
             }
         state, projection = jax.tree.map(
             lambda x, i=i: x[i], (states["params"], projections)

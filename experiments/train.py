@@ -68,10 +68,9 @@ class Recipe:
     checkpoint_every: int = 0
     rates: tuple[tuple[str, float], ...] = ()
 
-
-def record_of(recipe: Recipe) -> dict[str, Any]:
-    """The fields as JSON gives them back: lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    def record(self) -> dict[str, Any]:
+        """The fields as a file gives them back: JSON has lists for tuples."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -479,7 +478,7 @@ def fit(
             "best": best,
             "seconds": seconds,
             "data": {"seed": recipe.seed, "next_example": step * recipe.batch_size},
-            "recipe": record_of(recipe),
+            "recipe": recipe.record(),
         }
         checkpoints.save(step, saved(state, best_params), record)
 
@@ -577,7 +576,7 @@ def fit(
         "step_ms": 1e3 * float(np.median(step_seconds or [seconds / recipe.steps])),
         "memory_bytes": memory,
         "together": 1,
-        "recipe": record_of(recipe),
+        "recipe": recipe.record(),
     }
     if chief:
         write_json(result_path, result)
@@ -592,7 +591,7 @@ def _check_recipe(
     free = {"log_every", "eval_every", "checkpoint_every"}
     changed = {
         name: (stored.get(name), value)
-        for name, value in record_of(recipe).items()
+        for name, value in recipe.record().items()
         if name not in free and stored.get(name) != value
     }
     if changed:
