@@ -107,8 +107,8 @@ def _sectors(p: Array, q: Array, r: Array, gap: Array) -> tuple[_Sector, _Sector
     return equal, _Sector(jnp.where(positive, near, far), sine, rho)
 
 
-def _sines(sector: _Sector, x: Array) -> tuple[Array, Array]:
-    """``sin(x angle)`` and ``sin((1 - x) angle)`` for x of at most 1/2."""
+def _sines(sector: _Sector, x: Array, mirrored: Array) -> tuple[Array, Array]:
+    """``sin(x angle)`` and ``sin((1 - x) angle)``, x <= 1/2, or in the other order."""
     half = sector.angle * (x / 2)
     square, series = half * half, jnp.zeros_like(half)
     for n in range(17, -1, -2):
@@ -116,7 +116,7 @@ def _sines(sector: _Sector, x: Array) -> tuple[Array, Array]:
     sine = half * series
     double = 2 * sine * jnp.sqrt(1 - sine * sine)
     rest = sector.sine * (1 - 2 * sine * sine) - sector.cosine * double
-    return double, rest
+    return jnp.where(mirrored, rest, double), jnp.where(mirrored, double, rest)
 
 
 def _integrals(
@@ -130,20 +130,16 @@ def _integrals(
 
     @jax.checkpoint
     def term(s: Array, t: Array, row: Array) -> tuple[Array, Array, Array]:
-        x, weight = row[0], row[1]
-        near, far = _sines(equal, x)
-        both = decay = jnp.zeros_like(equal.angle)
-        for a, b in ((s * far, t * near), (s * near, t * far)):
-            product, left = _both_bend(a, b)
-            both, decay = both + product, decay + left
-        near, far = _sines(opposite, x)
-        one = single = jnp.zeros_like(equal.angle)
+        x, weight, mirrored = row[0], row[1], row[2] > 0
+        here, there = _sines(equal, x, mirrored)
+        both, decay = _both_bend(s * there, t * here)
+        here, there = _sines(opposite, x, mirrored)
+        one = single = jnp.zeros_like(here)
         for c, d in ((s, t), (t, s)):
-            for here, there in ((near, far), (far, near)):
-                b = d * here
-                erfcx = _erfcx(b)
-                one = one + c * there * _one_bends(b, erfcx)
-                single = single + (1 - _loss(b, erfcx))
+            b = d * here
+            erfcx = _erfcx(b)
+            one = one + c * there * _one_bends(b, erfcx)
+            single = single + (1 - _loss(b, erfcx))
         equal_weight, opposite_weight = weight * equal.angle, weight * opposite.angle
         curvature = alpha**2 * equal_weight * decay
         k = alpha**2 * equal_weight * both - alpha * opposite_weight * one
@@ -154,8 +150,9 @@ def _integrals(
 
     rule = _RULE_FLOAT64 if s.dtype == jnp.float64 else _RULE_FLOAT32
     zero = jnp.zeros_like(equal.angle)
-    total, _ = jax.lax.scan(add, (zero,) * 3, jnp.asarray(_rule(*rule), s.dtype))
-    return total
+    rows = jnp.asarray(_rule(*rule), s.dtype)
+    (k, kdot, curvature), _ = jax.lax.scan(add, (zero, zero, zero), rows)
+    return k, kdot, curvature
 
 
 def _kink(p: Array, r: Array, gap: Array, alpha: float) -> Array:
@@ -263,7 +260,7 @@ def _erfcx_series(terms: int) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _rule(num: int, width: float) -> np.ndarray:
-    r"""Positions in (0, 1/2) and weights over :math:`2 \pi`; (1/2, 1) is mirrored.
+    r"""Positions in (0, 1/2), weights over :math:`2 \pi`, whether mirrored at 1/2.
 
     Gauss-Legendre in the inverse hyperbolic sine of the position over the width: an
     integrand varies over 1 / norm at an end of the sector.
@@ -272,7 +269,11 @@ def _rule(num: int, width: float) -> np.ndarray:
     stretch = math.asinh(0.5 / width)
     inner = stretch * (x + 1) / 2
     weights = weights * stretch / 2 * width * np.cosh(inner) / (2 * math.pi)
-    return np.stack([width * np.sinh(inner), weights], axis=1)
+    rows = [
+        np.stack([width * np.sinh(inner), weights, np.full(num, mirrored)], axis=1)
+        for mirrored in (0.0, 1.0)
+    ]
+    return np.concatenate(rows)
 
 
 def _root(x: Array) -> Array:

@@ -150,7 +150,15 @@ def test_the_expansion_at_each_norm_is_the_closed_form(name):
         np.testing.assert_allclose(exact.kdot, expanded.kdot, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name in ("selu", "bare_elu")
+        else name
+        for name in EVERY
+    ],
+)
 @pytest.mark.parametrize(
     "dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)]
 )

@@ -43,8 +43,9 @@ def test_duals_to_thirty_digits(name, dtype):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["elu", pytest.param("selu", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["elu", "selu"])
 def test_networks_of_depth_four(name, dtype):
     """Of equal, independent and opposite inputs, of norms from about 1e-3 to 1e3."""
     dense = snnk.infinite.Dense(1.5, 0.25)
@@ -58,7 +59,8 @@ def test_networks_of_depth_four(name, dtype):
         for i, case in enumerate(cases):
             own = np.array(case["own"])
             size = np.sqrt(own[0] * own)
-            for j, k in enumerate((kernels.nngp, kernels.ntk)):
+            for j, part in enumerate(("nngp", "ntk")):
+                k = getattr(kernels, part)
                 np.testing.assert_allclose(
                     k[i, 3 * i : 3 * i + 3] / size[:, j],
                     np.array(case["values"])[:, j] / size[:, j],
@@ -67,7 +69,8 @@ def test_networks_of_depth_four(name, dtype):
                 )
 
 
-@pytest.mark.parametrize("alpha", [1.6, pytest.param(1.0, marks=pytest.mark.slow), 0.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [1.6, 1.0, 0.0])
 def test_gradients_are_those_of_differences(alpha):
     function = snnk.activations.get("elu", alpha=alpha)
     norms = [0.004, 0.3, 2.0, 40.0]
@@ -100,6 +103,7 @@ def test_gradients_are_those_of_differences(alpha):
                 np.testing.assert_allclose(slope / size, numeric, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_ends_zeros_and_huge_norms(dtype):
     """Finite everywhere; equal inputs have the variance exactly."""
