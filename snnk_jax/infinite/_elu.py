@@ -49,8 +49,8 @@ def dual(pair: Any, scale: float, alpha: float) -> tuple[Array, Array]:
 
     To about 1e-12 in float64 and 1e-6 in float32, relative to the geometric mean of
     the diagonal entries, for norms up to 1e4; beyond, the derivative dual has an error
-    of about 2e-6. First derivatives in p, q and r are those of the exact kernels, higher
-    ones are not.
+    of about 2e-6. First derivatives in p, q and r are those of the exact kernels,
+    higher ones are not.
     """
     p, q, r, gap = pair
     gap = jax.lax.stop_gradient(gap)
