@@ -84,6 +84,7 @@ class Dual:
     family         parameters                function
     ============== ========================= =================================
     ``rectified``  n = 0, 1, 2 or 3, l, r    :math:`r z_+^n + l\,(-z)_+^n`
+    ``elu``        s, a                      :math:`s z`; z < 0: :math:`s a (e^z-1)`
     ``erf``        a, b, c                   :math:`a\,\mathrm{erf}(bz)+c`
     ``exp``        a, b                      :math:`a e^{bz}`
     ``gaussian``   a, b                      :math:`a e^{bz^2}`, b < 0
@@ -474,7 +475,8 @@ def _sin_row(a: float = 1.0, b: float = 1.0, c: float = 0.0) -> Activation:
 
 
 def _elu_row(alpha: float = 1.0) -> Activation:
-    return Activation("elu", _bind(_elu, alpha), kinks=(0.0,))
+    dual = Dual("elu", (1.0, float(alpha)))
+    return Activation("elu", _bind(_elu, alpha), kinks=(0.0,), dual=dual)
 
 
 def _erf_row(a: float = 1.0, b: float = 1.0, c: float = 0.0) -> Activation:
@@ -611,7 +613,13 @@ _ROWS: dict[str, Activation] = {
     "sech": Activation(
         "sech", _sech, spectrum=Spectrum(_sech_density, decay=math.pi / 2)
     ),
-    "selu": Activation("selu", _selu, kinks=(0.0,)),
+    "selu": Activation(
+        "selu",
+        _selu,
+        kinks=(0.0,),
+        # The constants of jax.nn.selu.
+        dual=Dual("elu", (1.0507009873554804934, 1.6732632423543772848)),
+    ),
     "sigmoid": Activation("sigmoid", _sigmoid, dual=Dual("sigmoid", (1.0, 1.0, 0.0))),
     "sign": Activation(
         "sign", _sign, degree=0, kinks=(0.0,), dual=Dual("rectified", (0.0, -1.0, 1.0))

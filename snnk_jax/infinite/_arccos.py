@@ -53,7 +53,7 @@ def diagonal(n: int, left: float, right: float, p: Array, derivative: bool) -> A
 def _kernel(
     n: int, left: float, right: float, p: Array, q: Array, r: Array, gap: Array
 ) -> Array:
-    t, sin, cos = _angle(p, q, r, gap)
+    t, sin, cos = nearest_end(p, q, r, gap)
     far = _far(n, t, sin, cos)
     near = math.pi * _centre(n, cos) - (-1) ** n * far
     same, cross = left**2 + right**2, 2 * left * right
@@ -96,7 +96,7 @@ def _slope(
 def _gap(n: int, left: float, right: float, pair: Any) -> Array:
     """The gap of k, from 1 - rho and 1 + rho as sums without cancellation."""
     square = left**2 + right**2
-    t, sin, cos = _angle(*pair)
+    t, sin, cos = nearest_end(*pair)
     far = _far(n, t, sin, cos) / (math.pi * _AT_ONE[n])
     loss = _loss(n, pair.gap, cos) + (-1) ** n * far
     cross = 2 * left * right / square
@@ -112,7 +112,7 @@ def _gap(n: int, left: float, right: float, pair: Any) -> Array:
     return jnp.where(present, jnp.clip(minus * plus, 0, 1), 1)
 
 
-def _angle(p: Array, q: Array, r: Array, gap: Array) -> tuple[Array, Array, Array]:
+def nearest_end(p: Array, q: Array, r: Array, gap: Array) -> tuple[Array, Array, Array]:
     """The angle t in [0, pi / 2] to the nearer of 0 and pi, its sine and cosine."""
     sin = jnp.sqrt(gap)
     present = (p > 0) & (r > 0)

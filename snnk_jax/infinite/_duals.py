@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from snnk_jax import activations
-from snnk_jax.infinite import _arccos, _hermite, _mixture
+from snnk_jax.infinite import _arccos, _elu, _hermite, _mixture
 from snnk_jax.infinite._arctan import angle
 from snnk_jax.infinite._layers import NormalizedExponential
 from snnk_jax.typing import Array
@@ -58,7 +58,7 @@ def dual(activation: Function, pair: Pair, jumps: bool = False) -> Dual:
             n, left, right = form.parameters
             return Dual(*_arccos.dual(int(n), left, right, pair, jumps))
     k, kdot = _values(activation, pair)
-    return Dual(k, kdot, _gap(activation, pair, k))
+    return Dual(k, kdot, _gap(activation, pair, k, kdot))
 
 
 def diagonal(activation: Function, p: Array, derivative: bool = False) -> Array:
@@ -90,8 +90,9 @@ def _values(activation: Function, pair: Pair) -> tuple[Array, Array]:
     return _hermite.dual(activation, pair)
 
 
-def _gap(activation: Function, pair: Pair, k: Array) -> Array:
-    p, q, r, gap = jax.tree.map(jax.lax.stop_gradient, pair)
+def _gap(activation: Function, pair: Pair, k: Array, kdot: Array) -> Array:
+    pair, k, kdot = jax.tree.map(jax.lax.stop_gradient, (pair, k, kdot))
+    p, q, r, gap = pair
     if isinstance(activation, NormalizedExponential):
         close = one_minus(pair, sign=1)
         # rho' = e^{-gamma (1 - rho)} lies above zero.
@@ -99,10 +100,14 @@ def _gap(activation: Function, pair: Pair, k: Array) -> Array:
         return jax.lax.stop_gradient(fall * (2 - fall))
     if activation.coefficients and activation.degree == 1:
         return gap
-    k = jax.lax.stop_gradient(k)
-    scale = safe_sqrt(diagonal(activation, p)) * safe_sqrt(diagonal(activation, r))
+    own = diagonal(activation, p)
+    scale = safe_sqrt(own) * safe_sqrt(diagonal(activation, r))
     rho = k / jnp.where(scale > 0, scale, 1)
     value = jnp.clip((1 - rho) * (1 + rho), 0, 1)
+    if activation.dual is not None and activation.dual.family == "elu":
+        own_kdot = diagonal(activation, p, derivative=True)
+        closer, near = _elu.near_gap(pair, own, kdot, own_kdot)
+        value = jnp.where(near, closer, value)
     twins = (gap == 0) & (p == r) & (q >= 0) & (p > 0)
     return jnp.where(twins, 0, jnp.where(scale > 0, value, 1))
 
@@ -272,6 +277,7 @@ def _smooth_gate(pair: Pair, s: Array, t: Array) -> tuple[Array, Array]:
 
 
 _FORMS: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "elu": _elu.dual,
     "erf": _erf,
     "exp": _exp,
     "gabor": _gabor,
