@@ -121,10 +121,16 @@ def test_unbiased(name, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["relu_plain", "cubic_sketch", "conv"])
-def test_variance_falls_as_one_over_the_features(name):
-    few, many = (np.mean(np.var(grams(name, "ntk", m)[0], axis=0)) for m in (32, 128))
-    assert 3 < few / many < 6
+@pytest.mark.parametrize(
+    ("name", "least"),
+    # 32 columns hold no exact copies of patches, and more of them pay twice.
+    [("relu_plain", 32), ("cubic_sketch", 32), ("conv", 128)],
+)
+def test_variance_falls_as_one_over_the_features(name, least):
+    few, many = (
+        np.mean(np.var(grams(name, "ntk", m)[0], axis=0)) for m in (least, 4 * least)
+    )
+    assert 3 < few / many < 6, (few, many)
 
 
 @pytest.mark.slow
