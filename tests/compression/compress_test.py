@@ -290,7 +290,9 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("when", [3, 9, 14])
+@pytest.mark.parametrize(
+    "when", [3, *(pytest.param(when, marks=pytest.mark.slow) for when in (9, 14))]
+)
 def test_a_killed_run_goes_on_from_its_sums(net, tmp_path, when, monkeypatch):
     from snnk_jax.compression import _gather
 
@@ -319,6 +321,7 @@ def test_a_killed_run_goes_on_from_its_sums(net, tmp_path, when, monkeypatch):
         snnk.compress(Net(Residual, seed=4), data, PRE, state_dir=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_the_memory_of_the_sums_does_not_grow(net, tmp_path):
     sizes = []
     for num in (2, 6):

@@ -141,6 +141,7 @@ def test_scores_stand_under_their_tasks(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_quicktest_writes_a_report_and_goes_on(tmp_path):
     methods = ("dense", "relu_samples", "merged_relu", "ridge_cos")
     config = quick(methods=methods, seeds=(0,))

@@ -65,6 +65,7 @@ def test_networks_are_those_of_the_names():
     assert count == {"myrtle5": 4, "myrtle7": 6}
 
 
+@pytest.mark.slow
 def test_a_run_reports_and_is_not_repeated(tmp_path, monkeypatch):
     rows = cntk.run(quick(), tmp_path, "the command")
     studies = [row["study"] for row in rows]

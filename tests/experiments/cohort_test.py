@@ -72,6 +72,7 @@ def test_each_run_is_the_run_alone(dataset, mesh, tmp_path):
     assert len({round(loss, 5) for loss in losses}) == 3
 
 
+@pytest.mark.slow
 def test_a_diverging_run_does_not_take_the_others_along(dataset, mesh):
     recipes = [RECIPE, dataclasses.replace(RECIPE, learning_rate=1e38)]
     models = [adapted(0, "full"), adapted(0, "full")]

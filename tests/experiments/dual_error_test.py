@@ -70,6 +70,7 @@ def test_least_degree():
     assert dual_error.least_degree([0.5, math.nan], 0.1) is None
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     config = quick(activations=("relu", "polynomial"))
     rows = dual_error.run(config, tmp_path, "command")

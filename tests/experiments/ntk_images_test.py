@@ -23,6 +23,7 @@ def test_the_exact_kernel_classifies_digits(digits):
     assert row["kernel_s"] <= row["seconds"]
 
 
+@pytest.mark.slow
 def test_features_come_near_the_exact_kernel(digits):
     """Of as many images: those of both fit the same 400."""
     few = ridge_images.Images(
@@ -34,6 +35,7 @@ def test_features_come_near_the_exact_kernel(digits):
     assert abs(features["accuracy"] - exact["accuracy"]) < 0.03
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     config = quick()
     rows = ntk_images.run(config, tmp_path, "command")
@@ -66,6 +68,7 @@ def test_mistakes_are_found_before_any_work(key, value, words):
         quick(**{key: value})
 
 
+@pytest.mark.slow
 def test_more_rows_than_images(tmp_path):
     with pytest.raises(ValueError, match="config.exact_rows must be at most 1347"):
         ntk_images.run(quick(exact_rows=(2000,)), tmp_path / "run")

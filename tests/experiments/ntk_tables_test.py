@@ -118,6 +118,7 @@ def test_rows_of_one_class():
     np.testing.assert_array_equal(found, [1, 1, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ntk_tables.TITLES)
 def test_every_method_is_tuned_and_judged(method):
     table = moons()
@@ -159,6 +160,7 @@ def test_the_sets_are_the_90_of_the_paper(data_dir):
     assert sizes == sorted(sizes)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, data_dir):
     directory = {"data.dir": str(data_dir("uci121"))}
     methods = ("ntk_svc", "linear_ridge", "forest")
