@@ -107,7 +107,7 @@ def allocate(
       >>> from snnk_jax.compression._select import allocate
       >>> steep, flat = {0: 9.0, 4: 1.0, 8: 0.0}, {0: 2.4, 4: 1.0, 8: 0.0}
       >>> curves, prices = {"a": steep, "b": flat}, {"a": 1.0, "b": 1.0}
-      >>> allocate(curves, prices, 8, least={"a": 1, "b": 1})
+      >>> allocate(curves, prices, 8.0, least={"a": 1, "b": 1})
       {'a': 4, 'b': 4}
     """
     sizes = dict(least)
