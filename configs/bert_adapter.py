@@ -45,9 +45,9 @@ _GRID = (1e-4, 5e-4, 2e-3, 1e-2, 5e-2)
 _SUITE = {
     "mrpc": {"length": 96, "steps": 600, "rates_of": "mrpc"},
     "stsb": {"length": 96, "steps": 600, "rates_of": "stsb"},
-    "cola": {"length": 64, "steps": 800, "rates_of": "cola"},
+    "cola": {"length": 40, "steps": 800, "rates_of": "cola"},
     "rte": {"length": 128, "steps": 600, "rates_of": "mrpc"},
-    "sst2": {"length": 64, "steps": 2000, "rates_of": "cola"},
+    "sst2": {"length": 56, "steps": 2000, "rates_of": "cola"},
 }
 _RATES = {
     "linear_probe": 1e-2,

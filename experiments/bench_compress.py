@@ -28,16 +28,6 @@ from experiments.metrics import write_json
 from experiments.runner import describe_environment
 from snnk_jax.models.bert import Bert, BertConfig, Mlp
 
-_ROUNDS = flags.DEFINE_integer("rounds", 30, "Timings of each row.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "", ["", "float32", "bfloat16"], "float32, or bfloat16 on an accelerator."
-)
-_BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences at a time.")
-_LENGTH = flags.DEFINE_integer("length", 128, "Tokens of a sequence.")
-_UNITS = flags.DEFINE_integer("units", 95, "Units of a compressed block.")
-_WIDTHS = flags.DEFINE_list("widths", ["384", "768"], "d of the blocks that are timed.")
-_JSON = flags.DEFINE_string("json", "", "Also write the tables to this file.")
-
 BLOCK_SHARE = 0.85
 """What a block should reach of the ratio of FLOPs."""
 
@@ -205,14 +195,31 @@ def verdict(rows: list[Row]) -> list[str]:
     return lines
 
 
+def define_flags() -> None:
+    """Defines the flags; not on import, where another benchmark has its own."""
+    flags.DEFINE_integer("rounds", 30, "Timings of each row.")
+    flags.DEFINE_enum(
+        "dtype",
+        "",
+        ["", "float32", "bfloat16"],
+        "float32, or bfloat16 on an accelerator.",
+    )
+    flags.DEFINE_list("batches", ["1", "8", "64"], "Sequences at a time.")
+    flags.DEFINE_integer("length", 128, "Tokens of a sequence.")
+    flags.DEFINE_integer("units", 95, "Units of a compressed block.")
+    flags.DEFINE_list("widths", ["384", "768"], "d of the blocks that are timed.")
+    flags.DEFINE_string("json", "", "Also write the tables to this file.")
+
+
 def main(argv: list[str]) -> None:
     """Times what the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
+    given = flags.FLAGS
     accelerated = jax.default_backend() != "cpu"
-    dtype = jnp.dtype(_DTYPE.value or ("bfloat16" if accelerated else "float32"))
-    batches = [int(batch) for batch in _BATCHES.value]
-    length, rounds, rngs = _LENGTH.value, _ROUNDS.value, nnx.Rngs(0)
+    dtype = jnp.dtype(given.dtype or ("bfloat16" if accelerated else "float32"))
+    batches = [int(batch) for batch in given.batches]
+    length, rounds, rngs = given.length, given.rounds, nnx.Rngs(0)
     environment = describe_environment()
     print(f"{dtype.name}, {length} tokens a sequence, {rounds} rounds in turns")
     print(", ".join(f"{name} {value}" for name, value in environment.items()))
@@ -221,10 +228,10 @@ def main(argv: list[str]) -> None:
         f"{'seq/s':>10}{'gain':>7}{'FLOP ratio':>11}{'temp MB':>9}"
     )
     rows: list[Row] = []
-    for d in map(int, _WIDTHS.value):
+    for d in map(int, given.widths):
         rows += block_rows(d, max(batches), length, dtype, rounds, rngs)
     for batch in batches:
-        rows += encoder_rows(batch, length, _UNITS.value, dtype, rounds, rngs)
+        rows += encoder_rows(batch, length, given.units, dtype, rounds, rngs)
     for row in rows:
         rate = 1e3 * row.batch / row.p50_ms
         print(
@@ -233,10 +240,11 @@ def main(argv: list[str]) -> None:
             f"{row.temporary_mb:9.1f}"
         )
     print("\n".join(verdict(rows)))
-    if _JSON.value:
+    if given.json:
         table = [dataclasses.asdict(row) for row in rows]
-        write_json(_JSON.value, {"environment": environment, "rows": table})
+        write_json(given.json, {"environment": environment, "rows": table})
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -12,6 +12,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# Programs that wrote the golden files; they need mpmath, which no test does.
+collect_ignore_glob = ["*_golden.py"]
+
 ROOT = pathlib.Path(__file__).parent.parent
 if jax.config.jax_compilation_cache_dir is None:
     # Many processes, of this run and the next, compile the same small functions.
