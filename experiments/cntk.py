@@ -14,9 +14,8 @@ import numpy as np
 import snnk_jax as snnk
 from experiments import data as data_lib
 from experiments import plots
-from experiments.jobs import Job, run_jobs
-from experiments.report import document, markdown
-from experiments.runner import open_workdir
+from experiments.jobs import Job, run_study
+from experiments.report import markdown
 from snnk_jax import ridge
 from snnk_jax.typing import Array
 
@@ -338,13 +337,13 @@ def run(
       FileNotFoundError: without the data; says what to pass.
     """
     check(config)
-    workdir = pathlib.Path(workdir)
-    environment = open_workdir(workdir, config)
-    start = time.perf_counter()
-    rows = run_jobs(workdir, _jobs(config), config.name)
-    document(workdir, config.name, command, report(workdir, rows, config), environment)
-    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
-    return rows
+    return run_study(
+        config,
+        workdir,
+        command,
+        _jobs(config),
+        functools.partial(report, config=config),
+    )
 
 
 def report(workdir: pathlib.Path, rows: list[dict[str, Any]], config: Any) -> list[str]:

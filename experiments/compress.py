@@ -11,9 +11,8 @@ import numpy as np
 
 import snnk_jax as snnk
 from experiments import compress_data, plots
-from experiments.jobs import Job, run_jobs
-from experiments.report import document, markdown
-from experiments.runner import open_workdir
+from experiments.jobs import Job, run_study
+from experiments.report import markdown
 from snnk_jax.compression import (
     Affine,
     CompressionReport,
@@ -188,11 +187,20 @@ def run(
       FileNotFoundError: without the data or the weights; says what to pass.
     """
     check(config)
-    workdir = pathlib.Path(workdir)
     case = compress_data.load(config)
-    environment = open_workdir(workdir, config)
-    start = time.perf_counter()
-    rows = run_jobs(workdir, jobs(config, case), config.name)
+    return run_study(
+        config,
+        workdir,
+        command,
+        jobs(config, case),
+        functools.partial(report, case=case),
+    )
+
+
+def report(
+    workdir: pathlib.Path, rows: list[dict[str, Any]], case: compress_data.Case
+) -> list[str]:
+    """The parts of the report; the plots are drawn on the way."""
     parts = [
         f"Calibrated on {case.calibrated}. Stored parameters and FLOPs are those of "
         "the replaced feed-forward blocks, as shares of the dense ones. R² is that of "
@@ -205,11 +213,9 @@ def run(
             workdir / "score.png", panels, "stored parameters, % of dense", "score, %"
         )
         parts.append("![score against stored parameters](score.png)")
-        report_plot(workdir / "blocks.png", rows)
+        _plot_blocks(workdir / "blocks.png", rows)
         parts.append("![R² of the blocks](blocks.png)")
-    document(workdir, config.name, command, parts, environment)
-    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
-    return rows
+    return parts
 
 
 def _table(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> str:
@@ -247,7 +253,7 @@ def _panels(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]
     }
 
 
-def report_plot(path: str | pathlib.Path, rows: list[dict[str, Any]]) -> None:
+def _plot_blocks(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """R^2 of every block in the metric, the methods at the smallest budget."""
     replaced = [row for row in rows if "last" in row]
     least = min(row["budget"] for row in replaced)

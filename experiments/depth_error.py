@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,9 +27,8 @@ from ml_collections import ConfigDict
 
 import snnk_jax as snnk
 from experiments import plots
-from experiments.jobs import run_jobs
-from experiments.report import document, markdown
-from experiments.runner import open_workdir
+from experiments.jobs import run_study
+from experiments.report import markdown
 from snnk_jax.features import URF, ArcCosine, Chain, FeatureMap
 
 METHODS = {
@@ -368,11 +366,16 @@ def run(
       The rows, one a network and draw.
     """
     check(config)
-    workdir = pathlib.Path(workdir)
-    environment = open_workdir(workdir, config)
-    start = time.perf_counter()
     todo = [(job.name, functools.partial(measure, job, config)) for job in jobs(config)]
-    rows = run_jobs(workdir, todo, "depth error")
+    return run_study(
+        config, workdir, command, todo, functools.partial(report, config=config)
+    )
+
+
+def report(
+    workdir: pathlib.Path, rows: list[dict[str, Any]], config: ConfigDict
+) -> list[str]:
+    """The parts of the report; the plots are drawn on the way."""
     parts = [
         f"Layers of {config.dim} inputs and outputs, inputs of norm 1, weight columns "
         f"of the norm given. Median over {len(config.seeds)} networks, each with its "
@@ -388,9 +391,7 @@ def run(
     kappas = _kappa_table(rows, config)
     if kappas:
         parts.append("## kappa of the bundled levels, without rescaling\n\n" + kappas)
-    document(workdir, config.name, command, parts, environment)
-    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
-    return rows
+    return parts
 
 
 def _groups(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[Any]]:

@@ -9,7 +9,6 @@ takes them at the norm of each input. All in float64.
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,9 +18,8 @@ import numpy as np
 
 import snnk_jax as snnk
 from experiments import plots
-from experiments.jobs import Job, run_jobs
-from experiments.report import document, markdown
-from experiments.runner import open_workdir
+from experiments.jobs import Job, run_study
+from experiments.report import markdown
 from snnk_jax.infinite._hermite import coefficients, polynomial_table, truncation
 
 METHODS = {
@@ -202,14 +200,13 @@ def run(
       The rows, one an activation and norm.
     """
     check(config)
-    workdir = pathlib.Path(workdir)
-    environment = open_workdir(workdir, config)
-    start = time.perf_counter()
-    rows = run_jobs(workdir, jobs(config), "dual error")
-    parts = report(workdir, rows, config)
-    document(workdir, config.name, command, parts, environment)
-    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
-    return rows
+    return run_study(
+        config,
+        workdir,
+        command,
+        jobs(config),
+        functools.partial(report, config=config),
+    )
 
 
 def report(

@@ -7,14 +7,11 @@ the training there is; scales, depths and penalties are chosen on training rows 
 import dataclasses
 import functools
 import pathlib
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from experiments import ridge_images, ridge_tables, tabular
-from experiments.jobs import Job, run_jobs
-from experiments.report import document
-from experiments.runner import open_workdir
+from experiments.jobs import Job, run_study
 
 
 def _image_jobs(config: Any) -> Iterable[Job]:
@@ -73,15 +70,14 @@ def run(
       FileNotFoundError: without the data; says what to pass.
     """
     check(config)
-    workdir = pathlib.Path(workdir)
     jobs, report = _STUDIES[config.study]
-    todo = list(jobs(config))
-    environment = open_workdir(workdir, config)
-    start = time.perf_counter()
-    rows = run_jobs(workdir, todo, config.name)
-    document(workdir, config.name, command, report(workdir, rows, config), environment)
-    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
-    return rows
+    return run_study(
+        config,
+        workdir,
+        command,
+        list(jobs(config)),
+        functools.partial(report, config=config),
+    )
 
 
 def check(config: Any) -> None:

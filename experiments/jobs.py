@@ -2,14 +2,45 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from experiments.metrics import Progress, read_jsonl
+from experiments.report import document
+from experiments.runner import open_workdir
 from snnk_jax._files import write_atomic
 
 Job = tuple[str, Callable[[], dict[str, Any]]]
 """A name of its own and what measures it."""
+
+
+def run_study(
+    config: Any,
+    workdir: str | pathlib.Path,
+    command: str,
+    jobs: Iterable[Job],
+    report: Callable[[pathlib.Path, list[dict[str, Any]]], Sequence[str]],
+) -> list[dict[str, Any]]:
+    """Claims a folder, measures the jobs it has no rows of, and writes its report.
+
+    Args:
+      config: of the experiment; a folder of another config is refused.
+      workdir: folder of ``rows.jsonl``, ``env.json``, ``report.md`` and the plots.
+      command: shown in the report.
+      jobs: as of :func:`run_jobs`; an iterator is asked for them in the claimed folder.
+      report: ``report(workdir, rows)`` draws the plots and returns the report's parts.
+
+    Returns:
+      The rows in the order of the jobs.
+    """
+    workdir = pathlib.Path(workdir)
+    environment = open_workdir(workdir, config)
+    start = time.perf_counter()
+    rows = run_jobs(workdir, jobs, config.name)
+    document(workdir, config.name, command, report(workdir, rows), environment)
+    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
+    return rows
 
 
 def run_jobs(

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,9 +19,8 @@ from ml_collections import ConfigDict
 
 import snnk_jax as snnk
 from experiments import plots
-from experiments.jobs import run_jobs
-from experiments.report import document, markdown
-from experiments.runner import open_workdir
+from experiments.jobs import run_study
+from experiments.report import markdown
 from snnk_jax.features import URF, ArcCosine, Exponential, FeatureMap, Polynomial
 
 BALANCED = "+ balanced"
@@ -336,24 +334,24 @@ def run(
       The rows of the report.
     """
     check(config)
-    workdir = pathlib.Path(workdir)
-    environment = open_workdir(workdir, config)
     layers = {name: make_layer(REGIMES[name], config) for name in config.regimes}
-    start = time.perf_counter()
     todo = [
         (job.name, functools.partial(measure, job, layers[job.regime], config))
         for job in jobs(config)
     ]
-    rows = run_jobs(workdir, todo, "kernel error")
     sizes = {
         name: dataclasses.asdict(
             snnk.diagnostics.kappa(layer.calibration, layer.kernel)
         )
         for name, layer in layers.items()
     }
-    _report(workdir, rows, sizes, config, command, environment)
-    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
-    return rows
+    return run_study(
+        config,
+        workdir,
+        command,
+        todo,
+        functools.partial(_report, sizes=sizes, config=config),
+    )
 
 
 def _report(
@@ -361,9 +359,7 @@ def _report(
     rows: list[dict[str, Any]],
     sizes: dict[str, dict[str, float]],
     config: ConfigDict,
-    command: str,
-    environment: dict[str, Any],
-) -> None:
+) -> list[str]:
     parts = []
     size_rows = [
         [name, *(f"{value:.3g}" for value in size.values())]
@@ -383,7 +379,7 @@ def _report(
         if curves:
             plots.log_curves(workdir / f"{study}.png", curves, _AXES[key])
             parts.append(f"![{study}]({study}.png)")
-    document(workdir, config.name, command, parts, environment)
+    return parts
 
 
 _AXES = {

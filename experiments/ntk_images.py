@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import plots, ridge_images
-from experiments.jobs import Job, run_jobs
+from experiments.jobs import Job, run_study
 from experiments.ntk_tables import kernel_ridge
-from experiments.report import document, markdown
+from experiments.report import markdown
 from experiments.ridge_images import Images
-from experiments.runner import open_workdir
 from experiments.tabular import Split
 
 
@@ -122,20 +121,19 @@ def run(
       FileNotFoundError: without the data; says what to pass.
     """
     check(config)
-    workdir = pathlib.Path(workdir)
     images = ridge_images.load_images(config.data.name, config.data.dir)
     if max(config.exact_rows, default=0) > len(images.x_train):
         raise ValueError(
             f"config.exact_rows must be at most {len(images.x_train)} images. "
             f"Got {config.exact_rows}."
         )
-    environment = open_workdir(workdir, config)
-    start = time.perf_counter()
-    rows = run_jobs(workdir, jobs(images, config), config.name)
-    parts = report(workdir, rows, config)
-    document(workdir, config.name, command, parts, environment)
-    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
-    return rows
+    return run_study(
+        config,
+        workdir,
+        command,
+        jobs(images, config),
+        functools.partial(report, config=config),
+    )
 
 
 def report(

@@ -20,9 +20,8 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from experiments import plots, ridge_tables, tabular
-from experiments.jobs import run_jobs
-from experiments.report import document, markdown
-from experiments.runner import open_workdir
+from experiments.jobs import run_study
+from experiments.report import markdown
 from experiments.tabular import Split, Table
 from snnk_jax import infinite, ridge
 
@@ -336,9 +335,7 @@ def run(
       FileNotFoundError: without the data; says what to pass.
     """
     check(config)
-    workdir = pathlib.Path(workdir)
     known = {table.name: table for table in tables(config)}
-    environment = open_workdir(workdir, config)
 
     @functools.lru_cache(maxsize=1)
     def kernels(name: str) -> ReluKernels:
@@ -355,11 +352,7 @@ def run(
         for name, table in known.items()
         for method in group
     ]
-    start = time.perf_counter()
-    rows = run_jobs(workdir, todo, config.name)
-    document(workdir, config.name, command, report(workdir, rows), environment)
-    print(f"{time.perf_counter() - start:.0f} s. Report: {workdir / 'report.md'}")
-    return rows
+    return run_study(config, workdir, command, todo, report)
 
 
 def report(workdir: pathlib.Path, rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,8 @@
 """Files on disk: written atomically, read whole or not at all."""
 
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
 import tempfile
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -53,3 +56,65 @@ def open_safetensors(path: str | os.PathLike[str], what: str) -> Iterator[Any]:
         raise ValueError(
             f"{what} must be a whole safetensors file. Got {path}: {error}."
         ) from error
+
+
+def write_record(
+    path: str | os.PathLike[str], record: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> int:
+    """Writes arrays, a JSON record and a SHA-256 over both, atomically; returns bytes.
+
+    ``record`` holds the ``format`` by which :func:`read_record` knows the file.
+    """
+    header = {
+        "record": json.dumps(record, sort_keys=True),
+        "sha256": _checksum(record, arrays),
+    }
+    # np.ascontiguousarray would make scalars vectors.
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    data = save(arrays, header)
+    write_atomic(path, data)
+    return len(data)
+
+
+def read_record(
+    path: str | os.PathLike[str], what: str, writer: str, kind: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads a file of :func:`write_record` whole, or raises.
+
+    Args:
+      path: the file.
+      what: what it should hold, for messages.
+      writer: the public function that writes such files, for messages.
+      kind: the ``format`` that its record must name.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is damaged, of another format, or was changed.
+    """
+    with open_safetensors(path, what) as file:
+        header = file.metadata() or {}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        record = json.loads(header["record"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{what} must be a file of {writer}. Got {path}: "
+            f"{type(error).__name__} {error}."
+        ) from error
+    if not isinstance(record, dict) or record.get("format") != kind:
+        found = record.get("format") if isinstance(record, dict) else record
+        raise ValueError(f"{what} must have format {kind}. Got {found!r}.")
+    checksum = _checksum(record, arrays)
+    if header.get("sha256") != checksum:
+        raise ValueError(
+            f"{what} must match its checksum {header.get('sha256')}. Got {checksum}: "
+            f"{path} was changed or damaged."
+        )
+    return record, arrays
+
+
+def _checksum(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
+    sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name in sorted(arrays):
+        hash_array(sha, name, arrays[name])
+    return sha.hexdigest()

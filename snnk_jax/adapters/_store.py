@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save
 
 from snnk_jax import projections
-from snnk_jax._files import hash_array, open_safetensors, write_atomic
+from snnk_jax._files import hash_array, read_record, write_record
 from snnk_jax.adapters._kinds import KINDS, describe
 from snnk_jax.nn import AdapterParam, Drawn, InputStatistic, RandomProjection
 from snnk_jax.surgery import find_modules, path_name
@@ -147,15 +146,7 @@ def save_adapter(
         "base": {"fingerprint": base_fingerprint, "exclude": exclude},
         "metadata": metadata or {},
     }
-    header = {
-        "record": json.dumps(record, sort_keys=True),
-        "sha256": _checksum(record, arrays),
-    }
-    # np.ascontiguousarray would make scalars vectors.
-    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    data = save(arrays, header)
-    write_atomic(path, data)
-    return len(data)
+    return write_record(path, record, arrays)
 
 
 def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
@@ -231,33 +222,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def _read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    with open_safetensors(path, "adapter") as file:
-        header = file.metadata() or {}
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    try:
-        record = json.loads(header["record"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"adapter must be a file of save_adapter. Got {path}: "
-            f"{type(error).__name__} {error}."
-        ) from error
-    if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        found = record.get("format") if isinstance(record, dict) else record
-        raise ValueError(f"adapter must have format {_FORMAT}. Got {found!r}.")
-    checksum = _checksum(record, arrays)
-    if header.get("sha256") != checksum:
-        raise ValueError(
-            f"adapter must match its checksum {header.get('sha256')}. Got {checksum}: "
-            f"{path} was changed or damaged."
-        )
-    return record, arrays
-
-
-def _checksum(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-    sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    for name in sorted(arrays):
-        hash_array(sha, name, arrays[name])
-    return sha.hexdigest()
+    return read_record(path, "adapter", "save_adapter", _FORMAT)
 
 
 def _probe(array: np.ndarray) -> list[float]:

@@ -22,8 +22,8 @@ def eliminate(
     With the Gram matrix G of the units, :math:`P = (G + \lambda)^{-1}` and the readout
     :math:`V = P C`, leaving out unit j, all others refitted, raises the squared error
     by :math:`\lVert V_j\rVert^2 / P_{jj}` (the optimal brain surgeon on the readout).
-    P is brought up to date after every unit among those that are candidates, and
-    factored anew after each 6 %.
+    P is brought up to date after every unit among those that are candidates, after each
+    6 % among all, and is factored anew when half of the units are gone.
 
     Args:
       moments: of the units and the targets.
@@ -44,29 +44,33 @@ def eliminate(
     penalty = _PENALTY * float(np.trace(gram)) / len(gram)
     left = np.arange(len(gram))
     kept, curve, lost = {}, {len(left): 0.0}, 0.0
+    inverse, readout, factored = np.zeros((0, 0)), np.zeros((0, 0)), np.inf
     while True:
         if len(left) in sizes:
             kept[len(left)] = left
         goals = [size for size in sizes if size < len(left)]
         if not goals:
             return kept, curve
-        inverse = _inverse(gram[np.ix_(left, left)], penalty)
-        readout = inverse @ cross[left]
+        if 2 * len(left) <= factored:
+            factored = len(left)
+            inverse = _inverse(gram[np.ix_(left, left)], penalty)
+            readout = inverse @ cross[left]
         score = np.sum(readout**2, axis=1) / np.diagonal(inverse)
         count = min(len(left) - max(goals), max(1, int(_STEP * len(left))))
         candidates = np.argsort(score)[: 2 * count]
-        inverse = inverse[np.ix_(candidates, candidates)]
-        readout = readout[candidates]
+        few = inverse[np.ix_(candidates, candidates)]
+        rows = readout[candidates]
         gone = np.zeros(len(candidates), bool)
         for _ in range(count):
-            diagonal = np.where(gone, 1.0, np.diagonal(inverse))
-            score = np.where(gone, np.inf, np.sum(readout**2, axis=1) / diagonal)
+            diagonal = np.where(gone, 1.0, np.diagonal(few))
+            score = np.where(gone, np.inf, np.sum(rows**2, axis=1) / diagonal)
             worst = int(np.argmin(score))
             lost += float(score[worst])
-            column = inverse[:, worst] / inverse[worst, worst]
-            readout = readout - np.outer(column, readout[worst])
-            inverse = inverse - np.outer(column, inverse[worst])
+            column = few[:, worst] / few[worst, worst]
+            rows = rows - np.outer(column, rows[worst])
+            few = few - np.outer(column, few[worst])
             gone[worst] = True
+        inverse, readout = _without(inverse, readout, candidates[gone])
         left = np.delete(left, candidates[gone])
         curve[len(left)] = lost / moments.weight
 
@@ -78,6 +82,17 @@ def _inverse(gram: np.ndarray, penalty: float) -> np.ndarray:
         raise ValueError("units must be finite and not all zero. Got a singular Gram.")
     lower = np.tril(lapack.dpotri(factor, lower=1)[0])
     return lower + np.tril(lower, -1).T
+
+
+def _without(
+    inverse: np.ndarray, readout: np.ndarray, gone: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse and the readout of the others, by the Schur complement."""
+    stay = np.delete(np.arange(len(inverse)), gone)
+    factor = lapack.dpotrf(inverse[np.ix_(gone, gone)], lower=1)[0]
+    half = blas.dtrsm(1.0, factor, inverse[np.ix_(gone, stay)], lower=1)
+    rows = blas.dtrsm(1.0, factor, readout[gone], lower=1)
+    return inverse[np.ix_(stay, stay)] - half.T @ half, readout[stay] - half.T @ rows
 
 
 def energies(moments: Moments, readout: np.ndarray) -> np.ndarray:

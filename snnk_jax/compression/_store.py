@@ -7,7 +7,6 @@ it is executed.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save as to_bytes
 
 from snnk_jax import projections
-from snnk_jax._files import hash_array, open_safetensors, write_atomic
+from snnk_jax._files import read_record, write_record
 from snnk_jax.adapters._kinds import build_features, describe_features
 from snnk_jax.compression._modules import Beside, Int8Linear
 from snnk_jax.compression._taps import place
@@ -27,7 +25,6 @@ from snnk_jax.nn import Projection, SNNKMlp
 from snnk_jax.surgery import find_modules, path_name
 
 _FORMAT = "snnk_jax.compressed.1"
-_KEYS = ("record", "sha256")
 
 
 def structure(model: nnx.Module) -> str:
@@ -107,15 +104,7 @@ def save(
         "generator": projections.GENERATOR,
         "metadata": metadata or {},
     }
-    data = to_bytes(
-        arrays,
-        {
-            "record": json.dumps(record, sort_keys=True),
-            "sha256": _checksum(record, arrays),
-        },
-    )
-    write_atomic(path, data)
-    return len(data)
+    return write_record(path, record, arrays)
 
 
 def load(path: str | os.PathLike[str], dense: nnx.Module) -> Any:
@@ -184,30 +173,7 @@ def _flat(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
 def _read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    with open_safetensors(path, "compressed model") as file:
-        header = file.metadata() or {}
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if not set(_KEYS) <= header.keys():
-        raise ValueError(f"the model must be a file of compression.save. Got {path}.")
-    record = json.loads(header["record"])
-    if record.get("format") != _FORMAT:
-        raise ValueError(
-            f"the model must have format {_FORMAT}. Got {record.get('format')!r}."
-        )
-    checksum = _checksum(record, arrays)
-    if header["sha256"] != checksum:
-        raise ValueError(
-            f"the model must match its checksum {header['sha256']}. Got {checksum}: "
-            f"{path} was changed or damaged."
-        )
-    return record, arrays
-
-
-def _checksum(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> str:
-    sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    for name in sorted(arrays):
-        hash_array(sha, name, arrays[name])
-    return sha.hexdigest()
+    return read_record(path, "compressed model", "compression.save", _FORMAT)
 
 
 def _redrawn(projection: Projection) -> bool:
