@@ -24,6 +24,7 @@ Expected: ``docs/compression.md``.
 from ml_collections import ConfigDict
 
 _METHODS = (
+    "ours_linear",
     "ours",
     "ours_equal",
     "energy",
@@ -72,7 +73,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.study, config.weights = "vit", "assets/vit_tin32.safetensors"
         config.probe = 0
     elif arg == "goals":
-        config.methods, config.probe = ("ours",), 0
+        config.methods, config.probe = ("ours_linear",), 0
     elif arg == "budget":
         config.methods, config.probe, config.last = ("ours", "ours_equal"), 0, (6,)
     elif arg == "quicktest":

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -315,8 +316,11 @@ def _announce(
     print(summary.parameter_table(model, task.trainable))
     batch = data_lib.TrainLoader(dataset.train, recipe.batch_size, 0).batch(0)
     cost = summary.cost(model, task.trainable, recipe, batch)
+    # Backends other than CPUs may not count.
+    counted = math.isfinite(cost["flops"])
+    work = f"{cost['flops'] / 1e9:.1f} GFLOP a step" if counted else "Steps"
     print(
-        f"{cost['flops'] / 1e9:.1f} GFLOP a step of {recipe.batch_size} examples; "
+        f"{work} of {recipe.batch_size} examples; "
         f"{cost['state_bytes'] / 1e6:.1f} MB of state, "
         f"{cost['gradient_bytes'] / 1e6:.1f} MB of gradients, and activations",
         flush=True,

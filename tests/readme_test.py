@@ -20,7 +20,9 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)
-def test_the_python_blocks_of_the_guides_run(document):
+def test_the_python_blocks_of_the_guides_run(document, tmp_path, monkeypatch):
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.S):
         exec(block, names)

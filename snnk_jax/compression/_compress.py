@@ -1,6 +1,7 @@
 """The loop over the blocks: gather, choose, fit, replace."""
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -52,6 +53,7 @@ def compress(
     corrected: bool = True,
     spread: Literal["equal", "curves"] = "equal",
     order: Literal["forward", "backward"] = "forward",
+    sweeps: int = 1,
     l2: float | None = None,
     weights: Callable[[Any], Any] | None = None,
     apply: Apply = call,
@@ -93,6 +95,9 @@ def compress(
         units to the blocks whose error in the metric they lower most, by each block's
         error curve in the dense model (for ``Units`` selected by elimination).
       order: in which the blocks are replaced.
+      sweeps: how often; from the second time on a block is made anew among the
+        replacements of all others. Forward, nothing changes: a block saw the final
+        ones before it the first time.
       l2: penalty of the fits; None takes that of least generalised cross-validation.
       weights: ``weights(batch)`` returns the weight of every token, zero for padding.
       apply: ``apply(model, batch)`` runs the model and returns an array, for models
@@ -134,7 +139,7 @@ def compress(
     """
     method = Units() if method is None else method
     data = Data(calibration_inputs, apply, weights, state_dir)
-    _check(budget, budget_of, metric, spread, order, method, probes)
+    _check(budget, budget_of, metric, spread, order, method, probes, sweeps)
     blocks = find_blocks(model, rules)
     sizes = _sizes(blocks, method, budget, budget_of)
     if metric == "norm" and not all(block.post_norm for block in blocks):
@@ -162,9 +167,14 @@ def compress(
             for block in blocks
         ]
         sizes = _spread(tasks, budget, budget_of, method)
-    current, reports = nnx.clone(model), []
-    for index, block in enumerate(blocks if order == "forward" else blocks[::-1]):
-        label = f"{index:03}-{block.name}"
+    ordered = blocks if order == "forward" else blocks[::-1]
+    originals: dict[str, Any] = find_modules(model)
+    current, fits, reports = nnx.clone(model), dict[str, Fit](), dict[str, Any]()
+    for turn, (index, block) in itertools.product(range(sweeps), enumerate(ordered)):
+        if turn:
+            back = {name: originals[name] for name in fits[block.name].modules}
+            current = place(current, back)
+        label = f"{index:03}-{block.name}" + (f"-sweep{turn}" if turn else "")
         task = start(
             model=current,
             block=block,
@@ -176,16 +186,16 @@ def compress(
         key = jax.random.fold_in(jax.random.key(seed), index)
         site = Site(task, modules[block.first], modules[block.second], l2, key)
         size = sizes[block.name]
-        fit = method.fit(site, size)
+        fit = fits[block.name] = method.fit(site, size)
         current = place(current, fit.modules)
-        reports.append(_measure(task, head, current, fit, size, method))
+        reports[block.name] = _measure(task, head, current, fit, size, method)
     outputs = [
         np.concatenate([np.asarray(run(m, apply, batch)) for batch in head])
         for m in (current, model)
     ]
     cosine, r2 = agreement(*outputs)
     report = CompressionReport(
-        blocks=tuple(reports),
+        blocks=tuple(reports.values()),
         parameters=num_parameters(current),
         dense_parameters=num_parameters(model),
         cosine=cosine,
@@ -210,6 +220,7 @@ def _check(
     order: str,
     method: Method,
     probes: int,
+    sweeps: int,
 ) -> None:
     for name, value, known in (
         ("budget_of", budget_of, ("parameters", "flops")),
@@ -223,8 +234,9 @@ def _check(
             )
     if not isinstance(method, Method):
         raise ValueError(f"method must be a Method. Got {method!r}.")
-    if probes < 1:
-        raise ValueError(f"probes must be at least 1. Got {probes}.")
+    for name, count in (("probes", probes), ("sweeps", sweeps)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1. Got {count}.")
     by_error = isinstance(method, Units) and method.select == "elimination"
     if spread == "curves" and not (by_error and not isinstance(budget, Mapping)):
         raise ValueError(

@@ -22,6 +22,10 @@ from snnk_jax.features import AppendOne, FeatureMap, TowerFeatures
 from snnk_jax.nn import SNNKMlp
 from snnk_jax.ridge._solve import Moments, moments
 
+# Turns between units and directions of a linear path.
+_TURNS = 2
+# From here on ReLU, GELU and SiLU are the identity up to float32, or nearly so.
+_IDENTITY = 6.0
 # Rows to which a random feature map is balanced.
 _BALANCED = 4096
 
@@ -118,12 +122,25 @@ class Units(Method):
         ``"random"`` any.
       refit: fit the readout to the target; without it the units keep their rows, the
         plain structured pruning.
+      linear: share of the units that become a linear path: their weights are the
+        directions of the inputs that say most of what the kept units leave of the
+        target, and their bias is so large that the activation is the identity. For
+        ReLU, GELU, SiLU and their like, with a bias; a path in bfloat16 loses digits
+        to that bias.
     """
 
     select: Literal["elimination", "energy", "random"] = "elimination"
     refit: bool = True
+    linear: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.linear < 1:
+            raise ValueError(f"linear must be in [0, 1). Got {self.linear}.")
+        if self.linear and not (self.refit and self.select == "elimination"):
+            raise ValueError(
+                "units beside a linear path must be selected by elimination and "
+                f"refitted. Got {self.select!r}, refit={self.refit}."
+            )
         if self.select not in ("elimination", "energy", "random"):
             raise ValueError(
                 "select must be 'elimination', 'energy' or 'random'. "
@@ -139,6 +156,9 @@ class Units(Method):
         return block.width
 
     def fit(self, site: Site, size: int) -> Fit:
+        ranks = int(self.linear * size)
+        if ranks:
+            return self._fit_beside(site, size - ranks, ranks)
         stats = site.task.gather(hidden, "units")
         kept = self.units(site, stats, size)
         up = site.first
@@ -166,6 +186,41 @@ class Units(Method):
             own = energies(centred, np.asarray(site.second.kernel[...], np.float64))
             return np.sort(np.argsort(-own)[:size])
         return eliminate(centred, [size], site.judged)[0][size]
+
+    def _fit_beside(self, site: Site, size: int, ranks: int) -> Fit:
+        """Units and directions in turns, each for what the others leave."""
+        block, up = site.block, site.first
+        if up.bias is None:
+            raise ValueError(
+                f"{block.name} must have a bias before its activation for a linear "
+                "path. Got none."
+            )
+        whole = symmetric(moments(site.task.gather(units_and_inputs, "units-inputs")))
+        units, rest = slice(0, block.width), slice(block.width, None)
+        a, _ = reduced_rank(part(whole, rest), ranks, site.judged)
+        for _ in range(_TURNS):
+            kept, _ = eliminate(beyond(whole, units, rest, a), [size], site.judged)
+            picks = np.zeros((block.width, size))
+            picks[kept[size], np.arange(size)] = 1
+            others = beyond(whole, rest, units, picks)
+            a, _ = reduced_rank(others, ranks, site.judged)
+        gram, mean = whole.gram[rest, rest], whole.phi_mean[rest]
+        variance = np.sum(a * (gram @ a), axis=0) / whole.weight
+        # A direction that the units leave nothing to say stays short.
+        a = a / np.sqrt(np.maximum(variance, 1e-8 * variance.max()))
+        reach = np.abs((np.asarray(site.task.sample(), np.float64) - mean) @ a).max()
+        bias = _IDENTITY + reach - mean @ a
+        narrow = linear(
+            up,
+            np.concatenate([np.asarray(up.kernel[...])[:, kept[size]], a], axis=1),
+            np.concatenate([np.asarray(up.bias[...])[kept[size]], bias]),
+        )
+        blank = linear(site.second, np.zeros((size + ranks, block.out)), None)
+        changes = {block.first: narrow, block.second: blank}
+        stats = site.task.gather(hidden, f"path-{size}", changes)
+        solution = solve(stats, site.l2, site.judged)
+        second = linear(site.second, *values(solution, block.out))
+        return Fit({block.first: narrow, block.second: second}, solution)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -385,6 +440,42 @@ def hidden(x: Any, h: Any) -> Any:
 def inputs(x: Any, h: Any) -> Any:
     """The inputs."""
     return x
+
+
+@jax.jit
+def units_and_inputs(x: Any, h: Any) -> Any:
+    """The units, then the inputs."""
+    return jnp.concatenate([h, x.astype(h.dtype)], axis=1)
+
+
+def symmetric(centred: Moments) -> Moments:
+    """The same with both triangles of the Gram matrix."""
+    gram = np.triu(centred.gram)
+    return dataclasses.replace(centred, gram=gram + np.triu(gram, 1).T)
+
+
+def part(whole: Moments, columns: slice) -> Moments:
+    """Moments of some of the features."""
+    return dataclasses.replace(
+        whole,
+        gram=whole.gram[columns, columns],
+        cross=whole.cross[columns],
+        phi_mean=whole.phi_mean[columns],
+    )
+
+
+def beyond(whole: Moments, columns: slice, others: slice, maps: np.ndarray) -> Moments:
+    """Moments of some features once ``others @ maps`` are regressed out."""
+    own = part(whole, columns)
+    across = whole.gram[columns, others] @ maps
+    gram = maps.T @ whole.gram[others, others] @ maps
+    gram[np.diag_indices(len(gram))] += 1e-8 * np.trace(gram) / len(gram)
+    weights = np.linalg.solve(gram, across.T).T
+    return dataclasses.replace(
+        own,
+        gram=own.gram - weights @ across.T,
+        cross=own.cross - weights @ (maps.T @ whole.cross[others]),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -182,6 +182,7 @@ def test_correction_brings_the_sum_back(net):
 
 METHODS = {
     "units": Units(),
+    "units+linear": Units(linear=0.3),
     "energy": Units(select="energy"),
     "pruned": Units(select="energy", refit=False),
     "affine": Affine(),
@@ -244,6 +245,53 @@ def test_refitting_and_selection_help():
     assert r2["data-aware svd"] > r2["svd"]
     assert r2["relu"] > r2["psi"]
     assert r2["int8"] > 0.999
+
+
+def test_a_linear_path_takes_what_is_linear():
+    """Four units that bend, and ten pairs that make a map of rank two."""
+    model = Net(Residual, depth=1)
+    up, down = model.layers[0].ffn.up, model.layers[0].ffn.down
+    keys = jax.random.split(jax.random.key(0), 3)
+    w = jax.random.normal(keys[0], (DIM, 10))
+    v = jax.random.normal(keys[1], (10, 2)) @ jax.random.normal(keys[2], (2, DIM))
+    # gelu(z) - gelu(-z) = z
+    up.kernel[...] = up.kernel[...].at[:, 4:].set(jnp.concatenate([w, -w], axis=1))
+    up.bias[...] = up.bias[...].at[4:].set(0.0)
+    down.kernel[...] = down.kernel[...].at[4:].set(jnp.concatenate([v, -v]) / 10)
+    (beside, report), (_, plain) = (
+        snnk.compress(
+            model,
+            batches(),
+            PRE,
+            budget={"layers/0/ffn": 6},
+            method=Units(linear=share),
+            l2=1e-9,
+        )
+        for share in (1 / 3, 0.0)
+    )
+    block = beside.layers[0].ffn
+    kept = np.asarray(block.up.kernel[...])[:, :4]
+    np.testing.assert_array_equal(kept, up.kernel[...][:, :4])
+    assert report.blocks[0].r2 > 0.999 > 0.95 > plain.blocks[0].r2
+    # The bias keeps the activation straight.
+    assert np.asarray(block.up.bias[...])[4:].min() > 6
+
+
+def test_a_second_sweep(net):
+    """Forward it finds what it found; backward it sees the blocks before replaced."""
+
+    def run(order, sweeps):
+        return snnk.compress(
+            net, batches(), PRE, budget=0.3, order=order, sweeps=sweeps
+        )
+
+    (once, report), (twice, again) = run("forward", 1), run("forward", 2)
+    states_equal(once, twice)
+    assert [b.name for b in again.blocks] == [b.name for b in report.blocks]
+    backward, _ = run("backward", 1)
+    last = [model.layers[1].ffn.down.kernel[...] for model in (backward, once)]
+    assert not np.array_equal(*last)
+    states_equal(run("backward", 2)[0], once)
 
 
 def test_magnitude_keeps_so_many_weights():
@@ -394,6 +442,7 @@ BAD = {
     "spread 'curves' must": {"budget": 0.5, "spread": "curves", "method": Affine()},
     "method must be a Method": {"budget": 0.5, "method": "units"},
     "probes must be at least 1": {"budget": 0.5, "probes": 0},
+    "sweeps must be at least 1": {"budget": 0.5, "sweeps": 0},
 }
 
 
