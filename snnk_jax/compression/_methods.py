@@ -198,10 +198,12 @@ class Units(Method):
         whole = symmetric(moments(site.task.gather(units_and_inputs, "units-inputs")))
         units, rest = slice(0, block.width), slice(block.width, None)
         a, _ = reduced_rank(part(whole, rest), ranks, site.judged)
+        kept = np.zeros(0, int)
         for _ in range(_TURNS):
-            kept, _ = eliminate(beyond(whole, units, rest, a), [size], site.judged)
+            left = beyond(whole, units, rest, a)
+            kept = eliminate(left, [size], site.judged)[0][size]
             picks = np.zeros((block.width, size))
-            picks[kept[size], np.arange(size)] = 1
+            picks[kept, np.arange(size)] = 1
             others = beyond(whole, rest, units, picks)
             a, _ = reduced_rank(others, ranks, site.judged)
         gram, mean = whole.gram[rest, rest], whole.phi_mean[rest]
@@ -212,8 +214,8 @@ class Units(Method):
         bias = _IDENTITY + reach - mean @ a
         narrow = linear(
             up,
-            np.concatenate([np.asarray(up.kernel[...])[:, kept[size]], a], axis=1),
-            np.concatenate([np.asarray(up.bias[...])[kept[size]], bias]),
+            np.concatenate([np.asarray(up.kernel[...])[:, kept], a], axis=1),
+            np.concatenate([np.asarray(up.bias[...])[kept], bias]),
         )
         blank = linear(site.second, np.zeros((size + ranks, block.out)), None)
         changes = {block.first: narrow, block.second: blank}

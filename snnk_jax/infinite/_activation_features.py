@@ -116,7 +116,10 @@ def activate(
     slope = _mean_slope(function, c) if options.exact and psi else jnp.zeros_like(c)
     rest = _sketched if options.method == "sketch" else _random
     m = max(m_rest, m_steep)
-    r, s = rest(layer, phi, c, constant, linear, slope, bool(psi), m, options, draw)
+    source = _Source(
+        function, phi, c, constant, linear, slope, bool(psi), options, draw
+    )
+    r, s = rest(source, m)
     energy = _hermite.power(function, c) - constant**2 - (linear * c) ** 2
     noisy = [own(r[..., :m_rest], energy)]
     copies = [_scaled(explicit(v), linear) for v in exact_phi]
@@ -190,23 +193,38 @@ def compress(
     return Vectors(block, energy=_energy(vectors))
 
 
-def _random(
-    layer: _layers.Activation,
-    phi: list[Vectors],
-    c: Array,
-    constant: Array,
-    linear: Array,
-    slope: Array,
-    derivative: bool,
-    m: int,
-    options: Options,
-    draw: Draw,
-) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What features of r and s are made from.
+
+    Attributes:
+      function: the activation.
+      phi: features of the pre-activations.
+      c: their norms.
+      constant: a_0(c).
+      linear: a_1(c) / c.
+      slope: E[f'(c g)].
+      derivative: whether s is asked for.
+      options: see :func:`snnk_jax.infinite.features`.
+      draw: the source of the parameters.
+    """
+
+    function: Any
+    phi: list[Vectors]
+    c: Array
+    constant: Array
+    linear: Array
+    slope: Array
+    derivative: bool
+    options: Options
+    draw: Draw
+
+
+def _random(source: _Source, m: int) -> tuple[Array, Array]:
     """R and s at random directions, columns that average to the kernels."""
-    function: Any = layer.activation
-    width = _columns(phi)
-    spherical = options.projection == "spherical"
-    name = "orthogonal" if spherical else options.projection
+    width = _columns(source.phi)
+    spherical = source.options.projection == "spherical"
+    name = "orthogonal" if spherical else source.options.projection
     if name == "orthogonal" and width > _WIDE * m:
         name = "gaussian"
 
@@ -214,31 +232,20 @@ def _random(
         omega = projections.draw(name, key, m, width)
         return _of_length(omega, width) if spherical else omega
 
-    z = project(phi, draw(rows), options.precision)
-    r = function(z) - constant[..., None] - _scaled(z, linear)
-    s = function.grad(z) - slope[..., None] if derivative else r
-    return r, s
+    z = project(source.phi, source.draw(rows), source.options.precision)
+    function = source.function
+    r = function(z) - source.constant[..., None] - _scaled(z, source.linear)
+    return r, function.grad(z) - source.slope[..., None] if source.derivative else r
 
 
-def _sketched(
-    layer: _layers.Activation,
-    phi: list[Vectors],
-    c: Array,
-    constant: Array,
-    linear: Array,
-    slope: Array,
-    derivative: bool,
-    m: int,
-    options: Options,
-    draw: Draw,
-) -> tuple[Array, Array]:
+def _sketched(source: _Source, m: int) -> tuple[Array, Array]:
     r"""Sketches of the Hermite expansions of r and s up to the degree.
 
     The sketches of different degrees are added up under random signs: as unbiased as
     side by side, every column serves every degree.
     """
-    del constant, linear, slope
-    function, degree = layer.activation, options.degree
+    function, phi, c, options = source.function, source.phi, source.c, source.options
+    degree = options.degree
     sketch = PolySketch(num_features=m, degree=degree)
     width = _columns(phi)
 
@@ -250,7 +257,7 @@ def _sketched(
         signs = projections.rademacher(second, degree, m)
         return sketch.init(first, width), signs
 
-    params, signs = draw(parameters)
+    params, signs = source.draw(parameters)
     x = jnp.concatenate([explicit(v) for v in phi], axis=-1)
     powers = sketch.powers(params, _scaled(x, _ratio(jnp.ones_like(c), c)))
     signed = [
@@ -260,7 +267,7 @@ def _sketched(
     a = _hermite.coefficients(function, degree + 1, c)
     first = 1 if options.exact else 0
     r = _combine(signed, a, low)
-    if not derivative:
+    if not source.derivative:
         return r, r
     if isinstance(function, _layers.NormalizedExponential):
         roots = jnp.sqrt(jnp.arange(1, degree + 1, dtype=c.dtype))
