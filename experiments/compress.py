@@ -50,7 +50,7 @@ class Choice:
 METHODS = {
     "ours": Choice("own units, common budget", Units(), (("spread", "curves"),)),
     "ours_equal": Choice("own units", Units()),
-    "ours_linear": Choice("own units and a linear path", Units(linear=0.5)),
+    "ours_linear": Choice("own units and a linear path", Units(linear="auto")),
     "ours_plain": Choice("own units, plain metric", Units(), (("metric", "plain"),)),
     "energy": Choice("pruning by energy, refitted", Units(select="energy")),
     "pruned": Choice("pruning by energy", Units(select="energy", refit=False)),

@@ -183,6 +183,7 @@ def test_correction_brings_the_sum_back(net):
 METHODS = {
     "units": Units(),
     "units+linear": Units(linear=0.3),
+    "units+auto": Units(linear="auto"),
     "energy": Units(select="energy"),
     "pruned": Units(select="energy", refit=False),
     "affine": Affine(),
@@ -241,6 +242,7 @@ def test_refitting_and_selection_help():
     r2 = {name: compressed(name)[2].blocks[0].r2 for name in METHODS}
     assert r2["units"] >= r2["energy"] - 1e-6
     assert r2["energy"] > r2["pruned"]
+    assert r2["units+auto"] >= max(r2["units+linear"], r2["units"]) - 1e-3
     assert r2["relu+linear"] > r2["affine"]
     assert r2["data-aware svd"] > r2["svd"]
     assert r2["relu"] > r2["psi"]
