@@ -16,7 +16,6 @@ from snnk_jax.compression._methods import (
     Fit,
     Method,
     Site,
-    Units,
     hidden,
     inputs,
     solve,
@@ -29,6 +28,7 @@ from snnk_jax.compression._report import (
 )
 from snnk_jax.compression._select import allocate, eliminate
 from snnk_jax.compression._taps import Apply, call, place
+from snnk_jax.compression._units import Units
 from snnk_jax.nn import RandomProjection
 from snnk_jax.ridge._solve import moments
 from snnk_jax.surgery import find_modules
