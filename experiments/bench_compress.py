@@ -10,11 +10,19 @@ of all-MiniLM-L6-v2's sizes, dense and with the last 3 and all 6 blocks cut to 9
 1536 units (6.25 % of their parameters), random weights, sequences of 128 tokens; the
 goal is 1.7 times the dense throughput at the largest batch. All rows of a table are
 timed in turns, so that a busy moment hits all of them.
+
+    python -m experiments.bench_compress --tokens=1000000
+
+times a calibration instead: so many random tokens streamed through ``snnk.compress``
+into a block of d = 768 and 1536 units, and the memory that it took beyond the model's
+(on Linux; the goal is 2 GiB for 1,000,000 tokens). With ``--state_dir`` it goes on
+where it was killed.
 """
 
 import dataclasses
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -195,6 +203,36 @@ def verdict(rows: list[Row]) -> list[str]:
     return lines
 
 
+def stream(tokens: int, state_dir: str | None, batch: int = 8192) -> dict[str, float]:
+    """Seconds and peak memory of a calibration on random tokens."""
+    config = BertConfig(hidden_size=768, depth=1, num_heads=1, mlp_dim=1536)
+    model = nnx.Sequential(Mlp(config, rngs=nnx.Rngs(0)))
+
+    def batches() -> Iterator[Any]:
+        for index in range(-(-tokens // batch)):
+            key = jax.random.fold_in(jax.random.key(0), index)
+            yield jax.random.normal(key, (batch, 768))
+
+    jax.block_until_ready(model(next(batches())))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    _, report = snnk.compress(
+        model,
+        batches,
+        [snnk.CompressRule(path="layers/0")],
+        budget=1 / 16,
+        state_dir=state_dir,
+        probes=1,
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "tokens": float(-(-tokens // batch) * batch),
+        "seconds": time.perf_counter() - start,
+        "mib_beyond_the_model": (peak - before) / 1024,
+        "r2": report.blocks[0].r2,
+    }
+
+
 def define_flags() -> None:
     """Defines the flags; not on import, where another benchmark has its own."""
     flags.DEFINE_integer("rounds", 30, "Timings of each row.")
@@ -208,7 +246,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("length", 128, "Tokens of a sequence.")
     flags.DEFINE_integer("units", 95, "Units of a compressed block.")
     flags.DEFINE_list("widths", ["384", "768"], "d of the blocks that are timed.")
-    flags.DEFINE_string("json", "", "Also write the tables to this file.")
+    flags.DEFINE_integer("tokens", 0, "Stream so many tokens instead of the tables.")
+    flags.DEFINE_string("state_dir", None, "Folder that keeps the sums of the stream.")
+    flags.DEFINE_string("json", "", "Also write the figures to this file.")
 
 
 def main(argv: list[str]) -> None:
@@ -221,6 +261,12 @@ def main(argv: list[str]) -> None:
     batches = [int(batch) for batch in given.batches]
     length, rounds, rngs = given.length, given.rounds, nnx.Rngs(0)
     environment = describe_environment()
+    if given.tokens:
+        figures = stream(given.tokens, given.state_dir)
+        print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        if given.json:
+            write_json(given.json, {"environment": environment, "stream": figures})
+        return
     print(f"{dtype.name}, {length} tokens a sequence, {rounds} rounds in turns")
     print(", ".join(f"{name} {value}" for name, value in environment.items()))
     print(

@@ -42,3 +42,10 @@ def test_the_verdict(gain, outcome):
     assert bench.verdict([other, row])[0].endswith(f"goal 1.7: {outcome}.")
     block = bench.Row("block", "bundled, m=4", 64, 1.0, 1.0, 4 * gain, 8.0, 0.0)
     assert bench.verdict([block])[0].endswith(f"goal 85%: {outcome}.")
+
+
+def test_a_stream_counts_its_tokens(tmp_path):
+    found = bench.stream(100, str(tmp_path), batch=64)
+    assert found["tokens"] == 128
+    assert found["mib_beyond_the_model"] >= 0
+    assert len(list(tmp_path.iterdir())) == 1
