@@ -159,19 +159,16 @@ def fit(
         if finite:
             evaluation = {"loss": float(np.mean(outputs["loss"][i], dtype=np.float64))}
             evaluation |= scores(outputs["outputs"][i], outputs["label"])
-            score = evaluation[dataset.metric]
-            result = {
-                "split": r.eval_split,
-                **evaluation,
-                "metric": dataset.metric,
-                "score": score,
-                "best": {"score": score, "step": r.steps},
-                "seconds": sum(seconds) / len(recipes),
-                "step_ms": 1e3 * float(np.median(seconds)) / size / len(recipes),
-                "memory_bytes": memory,
-                "together": len(recipes),
-                "recipe": r.record(),
-            }
+            result = train.result_of(
+                r,
+                dataset.metric,
+                evaluation,
+                best={"score": evaluation[dataset.metric], "step": r.steps},
+                seconds=sum(seconds) / len(recipes),
+                step_seconds=float(np.median(seconds)) / size / len(recipes),
+                memory=memory,
+                together=len(recipes),
+            )
         state, projection = jax.tree.map(
             lambda x, i=i: x[i], (states["params"], projections)
         )

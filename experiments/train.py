@@ -566,21 +566,47 @@ def fit(
 
     if not evaluation:  # killed between the last checkpoint and the result
         evaluation = evaluate(state["params"])
-    result = {
-        "split": recipe.eval_split,
-        **evaluation,
-        "metric": dataset.metric,
-        "score": evaluation[dataset.metric],
-        "best": best,
-        "seconds": seconds,
-        "step_ms": 1e3 * float(np.median(step_seconds or [seconds / recipe.steps])),
-        "memory_bytes": memory,
-        "together": 1,
-        "recipe": recipe.record(),
-    }
+    result = result_of(
+        recipe,
+        dataset.metric,
+        evaluation,
+        best=best,
+        seconds=seconds,
+        step_seconds=float(np.median(step_seconds or [seconds / recipe.steps])),
+        memory=memory,
+    )
     if chief:
         write_json(result_path, result)
     return trained(state), result
+
+
+def result_of(
+    recipe: Recipe,
+    metric: str,
+    evaluation: dict[str, float],
+    *,
+    best: dict[str, Any],
+    seconds: float,
+    step_seconds: float,
+    memory: int,
+    together: int = 1,
+) -> dict[str, Any]:
+    """What a run came to, as it is written to ``result.json``.
+
+    Seconds are the run's own share, ``memory`` that of all runs trained together.
+    """
+    return {
+        "split": recipe.eval_split,
+        **evaluation,
+        "metric": metric,
+        "score": evaluation[metric],
+        "best": best,
+        "seconds": seconds,
+        "step_ms": 1e3 * step_seconds,
+        "memory_bytes": memory,
+        "together": together,
+        "recipe": recipe.record(),
+    }
 
 
 def _check_recipe(

@@ -15,7 +15,7 @@ from snnk_jax.compression._select import eliminate, energies
 from snnk_jax.ridge._solve import moments
 
 # Shares of a linear path that "auto" tries.
-_SHARES = (0.0, 0.25, 0.5, 0.75)
+_SHARES = (0.0, 0.25, 0.5)
 # From here on ReLU, GELU and SiLU are the identity up to float32, or nearly so.
 _IDENTITY = 6.0
 
@@ -38,7 +38,7 @@ class Units(Method):
         directions of the inputs that say most of what the kept units leave of the
         target, and their bias is so large that the activation is the identity. For
         ReLU, GELU, SiLU and their like, with a bias; a path in bfloat16 loses digits
-        to that bias. ``"auto"`` takes of 0, 1/4, 1/2 and 3/4 what leaves the least
+        to that bias. ``"auto"`` takes of 0, 1/4 and 1/2 what leaves the least
         error in the metric, block by block.
     """
 
