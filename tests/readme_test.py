@@ -6,6 +6,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+LONG = ("compression.md", "infinite_width.md")
 
 
 def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
@@ -19,7 +20,17 @@ def test_the_python_blocks_run_one_after_the_other(tmp_path, monkeypatch):
     assert (tmp_path / "adapter.safetensors").is_file()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(
+            path,
+            id=path.name,
+            marks=pytest.mark.slow if path.name in LONG else (),
+        )
+        for path in DOCUMENTS[1:]
+    ],
+)
 def test_the_python_blocks_of_the_guides_run(document, tmp_path, monkeypatch):
     (tmp_path / "assets").symlink_to(ROOT / "assets")
     monkeypatch.chdir(tmp_path)

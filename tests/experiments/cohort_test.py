@@ -105,6 +105,7 @@ def _shifted(model):
     return nnx.clone(model)
 
 
+@pytest.mark.slow
 def test_the_runner_trains_together_and_repeats_nothing(tmp_path, capsys):
     changes = {
         "together": 2,

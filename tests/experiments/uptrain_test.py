@@ -19,19 +19,17 @@ BERT, VIT = "configs/bert_uptrain.py:quicktest", "configs/vit_uptrain.py:quickte
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two methods, and its folder."""
+    """A run of one method, and its folder."""
     workdir = tmp_path_factory.mktemp("uptrain")
-    config = load_config(BERT, {"methods": ("units-4", "psi-4")})
+    config = load_config(BERT, {"methods": ("units-4",)})
     return uptrain.run(config, workdir), workdir
 
 
 def test_a_run_writes_its_rows_models_and_report(finished):
     rows, workdir = finished
-    assert [row["kind"] for row in rows] == ["units", "psi"]
+    assert [row["kind"] for row in rows] == ["units"]
     dense = 2 * (2 * 16 * 32 + 32 + 16)
-    units, psi = (row["share"] * dense for row in rows)
-    assert units == pytest.approx(2 * (2 * 16 * 4 + 4 + 16))
-    assert psi == pytest.approx(2 * (4 * 16 + 16))  # directions are a seed
+    assert rows[0]["share"] * dense == pytest.approx(2 * (2 * 16 * 4 + 4 + 16))
     for row in rows:
         assert set(row["before"]) == set(row["after"]) == {"cosine", "agreement"}
         assert row["steps"] == 2
@@ -49,7 +47,7 @@ def test_a_run_writes_its_rows_models_and_report(finished):
 def test_a_finished_run_is_not_repeated(finished):
     rows, workdir = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.safetensors")}
-    config = load_config(BERT, {"methods": ("units-4", "psi-4")})
+    config = load_config(BERT, {"methods": ("units-4",)})
     assert uptrain.run(config, workdir) == rows
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*.safetensors")} == before
 
@@ -63,7 +61,6 @@ def test_a_run_killed_on_the_way_ends_like_a_whole_one(finished, tmp_path):
     for file in ("result.json", "model.safetensors"):
         (workdir / name / file).unlink()
     (workdir / "rows.jsonl").write_text("")
-    shutil.rmtree(workdir / rows[1]["name"])
     (row,) = uptrain.run(load_config(BERT, {"methods": ("units-4",)}), workdir)
     for key in ("before", "after", "share", "counts", "bytes"):
         assert row[key] == rows[0][key]
@@ -80,8 +77,12 @@ def test_every_start_trains(tmp_path):
     rows = uptrain.run(load_config(BERT), tmp_path)
     assert [row["kind"] for row in rows] == list(starts.KINDS)
     assert rows[-1]["share"] == 1
+    dense = 2 * (2 * 16 * 32 + 32 + 16)
+    shares = {row["kind"]: row["share"] for row in rows}
+    assert shares["psi"] * dense == pytest.approx(2 * (4 * 16 + 16))  # Ω is a seed
 
 
+@pytest.mark.slow
 def test_images_with_labels(tmp_path):
     (row,) = uptrain.run(load_config(VIT, {"methods": ("units-4",)}), tmp_path)
     assert set(row["after"]) == {"accuracy"}
