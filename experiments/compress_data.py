@@ -138,27 +138,40 @@ def _synthetic(config: Any) -> Case:
 def _vit(config: Any) -> Case:
     model = load_vit(weights_path(config.weights))
     data = data_lib.load(
-        "tinyimagenet32", image_size=32, directory=config.data.dir, val_fraction=0.1
+        config.data.name, image_size=32, directory=config.data.dir, val_fraction=0.1
     )
     drawn = np.random.default_rng(0).permutation(len(data.train))
     count = config.calibration or len(drawn) - config.held_out
     images, _ = _images(data.train, drawn[: count - count % config.batch_size])
     held, _ = _images(data.train, drawn[-config.held_out :])
     test, labels = _images(data.test, np.arange(len(data.test)))
-    dense = _logits(model, held)
+    # A task of its own has no use for the model's classes: its features are read out.
+    apply = _apply_features if config.probe else _apply_images
+    dense = _outputs(model, held, apply)
 
     def score(model: Any) -> dict[str, float]:
-        same = np.argmax(_logits(model, held), 1) == np.argmax(dense, 1)
-        right = np.argmax(_logits(model, test), 1) == labels
+        same = np.argmax(_outputs(model, held, apply), 1) == np.argmax(dense, 1)
+        right = np.argmax(_outputs(model, test, apply), 1) == labels
         return {"agreement": float(same.mean()), "top-1": float(right.mean())}
 
+    def probed(model: Any) -> dict[str, float]:
+        features = _outputs(model, held, apply)
+        size = np.linalg.norm(features, axis=1) * np.linalg.norm(dense, axis=1)
+        cosine = float(np.mean(np.sum(features * dense, axis=1) / size))
+        inputs = [_outputs(model, x, apply) for x in (*learnt[:1], test)]
+        return {
+            "agreement": cosine,
+            "top-1": fitted(inputs[0], learnt[1], inputs[1], labels),
+        }
+
+    learnt = _images(data.train, drawn[: config.probe])
     return Case(
         model=model,
         batches=[jnp.asarray(b) for b in _chunks(images, config.batch_size)],
         norm=None,
         weights=None,
-        apply=_apply_images,
-        score=score,
+        apply=apply,
+        score=probed if config.probe else score,
         metrics=("agreement", "top-1"),
         calibrated=f"{len(images)} training images without labels",
     )
@@ -173,15 +186,15 @@ def _chunks(values: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (values[start : start + size] for start in range(0, len(values), size))
 
 
-def _logits(model: Any, images: np.ndarray) -> np.ndarray:
+def _outputs(model: Any, images: np.ndarray, apply: Any) -> np.ndarray:
     graphdef, state = nnx.split(model)
-    parts = [np.asarray(_run(graphdef, state, x)) for x in _chunks(images, 500)]
+    parts = [np.asarray(_run(apply, graphdef, state, x)) for x in _chunks(images, 500)]
     return np.concatenate(parts)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(graphdef: Any, state: Any, x: Any) -> Any:
-    return nnx.merge(graphdef, state)(x)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(apply: Any, graphdef: Any, state: Any, x: Any) -> Any:
+    return apply(nnx.merge(graphdef, state), x)
 
 
 def _mask(batch: Any) -> Any:
@@ -194,6 +207,10 @@ def _apply_text(model: Any, batch: Any) -> Any:
 
 def _apply_images(model: Any, images: Any) -> Any:
     return model(images)
+
+
+def _apply_features(model: Any, images: Any) -> Any:
+    return model.features(images)
 
 
 def _drawn(split: sentences.Sentences, config: Any) -> sentences.Sentences:
@@ -272,9 +289,7 @@ def _probe_data(
 def _probe(
     model: Any, train: tuple[Any, np.ndarray], test: tuple[Any, np.ndarray]
 ) -> float:
-    """Accuracy of logistic regression on frozen embeddings, |u - v| and uv of pairs."""
-    from sklearn.linear_model import LogisticRegression
-
+    """Accuracy of a probe of frozen embeddings, of |u - v| and uv where it is pairs."""
     inputs = []
     for parts, _ in (train, test):
         columns = [embed(model, part) for part in parts]
@@ -282,5 +297,14 @@ def _probe(
             u, v = columns
             columns = [np.abs(u - v), u * v]
         inputs.append(np.concatenate(columns, axis=1))
-    probe = LogisticRegression(C=10.0, max_iter=1000).fit(inputs[0], train[1])
-    return float(probe.score(inputs[1], test[1]))
+    return fitted(inputs[0], train[1], inputs[1], test[1])
+
+
+def fitted(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, wanted: np.ndarray
+) -> float:
+    """Accuracy of logistic regression."""
+    from sklearn.linear_model import LogisticRegression
+
+    probe = LogisticRegression(C=10.0, max_iter=1000).fit(train, labels)
+    return float(probe.score(test, wanted))

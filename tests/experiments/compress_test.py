@@ -82,7 +82,7 @@ def test_bad_values(key, value, message):
         load_config("configs/compress.py", {key: value})
 
 
-@pytest.mark.parametrize("arg", ["", "vit", "goals", "budget", "quicktest"])
+@pytest.mark.parametrize("arg", ["", "vit", "cifar10", "goals", "budget", "quicktest"])
 def test_every_argument_gives_a_config(arg):
     config = load_config(f"configs/compress.py:{arg}")
     assert config.name == "compress" + (f"_{arg}" if arg else "")
