@@ -40,6 +40,7 @@ _METHODS = (
     "magnitude",
     "int8",
     "drop",
+    "layers",
 )
 
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 import snnk_jax as snnk
 from experiments import compress_data, plots
@@ -67,7 +68,10 @@ METHODS = {
     "int8": Choice("8-bit weights", Int8(), size=0),
     "drop": Choice("blocks left out, mean output", Affine(), size=0),
 }
-"""Keys of ``config.methods``."""
+"""Keys of ``config.methods``, besides ``LAYERS``."""
+
+LAYERS = "layers"
+"""Every second of the last layers is left out whole, as a DistilBERT starts."""
 
 
 def check(config: Any) -> None:
@@ -76,10 +80,11 @@ def check(config: Any) -> None:
         raise ValueError(
             f"config.study must be one of {', '.join(STUDIES)}. Got {config.study!r}."
         )
-    unknown = [name for name in config.methods if name not in METHODS]
+    known = (*METHODS, LAYERS)
+    unknown = [name for name in config.methods if name not in known]
     if unknown or not config.methods:
         raise ValueError(
-            f"config.methods must be among {', '.join(METHODS)}. Got {unknown}."
+            f"config.methods must be among {', '.join(known)}. Got {unknown}."
         )
     if not config.budgets or not all(0 < share <= 1 for share in config.budgets):
         raise ValueError(f"config.budgets must be in (0, 1]. Got {config.budgets}.")
@@ -99,6 +104,10 @@ def jobs(config: Any, case: compress_data.Case) -> list[Job]:
     for last in config.last:
         blocks = case.blocks(last)
         for key in config.methods:
+            if key == LAYERS:
+                drop = functools.partial(_drop_layers, case, last)
+                todo.append((f"{key} | {last}", drop))
+                continue
             choice = METHODS[key]
             budgets = config.budgets if choice.size is None else (1.0,)
             for budget in budgets:
@@ -160,6 +169,23 @@ def _measure(
         "seconds": seconds,
         **case.score(model),
         **_bytes(model, case.model, report),
+    }
+
+
+def _drop_layers(case: compress_data.Case, last: int) -> dict[str, Any]:
+    model = nnx.clone(case.model)
+    depth = len(model.blocks)
+    kept = [i for i in range(depth) if i < depth - last or (i - depth + last) % 2 == 0]
+    model.blocks = nnx.List([model.blocks[i] for i in kept])
+    share = (len(kept) - depth + last) / last
+    return {
+        "title": "every second layer left out",
+        "last": last,
+        "budget": 1.0,
+        "share": share,
+        "flop_share": share,
+        "parameters": snnk.compression.num_parameters(model),
+        **case.score(model),
     }
 
 
@@ -227,14 +253,15 @@ def _table(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> str:
         if "last" not in row:
             lines.append([row["title"], "", "1", "1", "", "", "", *scores, ""])
             continue
-        sizes = sorted(set(row["sizes"]))
-        text = str(sizes[0]) if len(sizes) == 1 else " ".join(map(str, row["sizes"]))
+        sizes = row.get("sizes", [])
+        same = len(set(sizes)) == 1
+        text = str(sizes[0]) if same else " ".join(map(str, sizes))
+        worst = [f"{min(row[k]):.3f}" if k in row else "" for k in ("r2", "r2_metric")]
         lines.append(
             [
                 *(row["title"], f"last {row['last']}", f"{row['share']:.4f}"),
-                *(f"{row['flop_share']:.4f}", text, f"{min(row['r2']):.3f}"),
-                *(f"{min(row['r2_metric']):.3f}", *scores),
-                f"{row['bytes'] / 1e6:.1f}",
+                *(f"{row['flop_share']:.4f}", text, *worst, *scores),
+                f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else "",
             ]
         )
     return markdown(lines, left=2)
@@ -256,7 +283,7 @@ def _panels(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]
 
 def _plot_blocks(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """R^2 of every block in the metric, the methods at the smallest budget."""
-    replaced = [row for row in rows if "last" in row]
+    replaced = [row for row in rows if "r2_metric" in row]
     least = min(row["budget"] for row in replaced)
     panels: dict[str, dict[str, Any]] = {}
     for row in replaced:

@@ -50,6 +50,19 @@ def test_jobs_that_no_budget_pays_for_are_left_out(quick):
     assert [block.name for block in case.blocks(1)] == ["blocks/1/mlp"]
 
 
+def test_every_second_layer_is_left_out(quick):
+    case = compress_data.load(quick)
+    # Of the last two of three it is the one that was not there at first.
+    case.model.blocks.append(Bert(case.model.config, rngs=nnx.Rngs(5)).blocks[0])
+    row = compress._drop_layers(case, 2)
+    assert row["share"] == 0.5
+    assert row["agreement"] > 1 - 1e-9 > case.score(case.model)["agreement"]
+    assert len(case.model.blocks) == 3
+    assert "| every second layer left out | last 2 | 0.5000 |" in compress._table(
+        [row], ("agreement",)
+    ).replace("  ", " ")
+
+
 def test_embeddings_do_not_depend_on_the_batch():
     texts = sentences.synthetic(12).val
     config = BertConfig.preset(
