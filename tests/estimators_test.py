@@ -48,10 +48,14 @@ def digits():
     return x[order], y[order]
 
 
-@parametrize_with_checks(
-    [FeatureMapTransformer(**SMALL), SNNKRegressor(**GIVEN), SNNKClassifier(**GIVEN)]
-)
+@parametrize_with_checks([FeatureMapTransformer(**SMALL), SNNKClassifier(**GIVEN)])
 def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@parametrize_with_checks([SNNKRegressor(**GIVEN)])
+def test_scikit_learn_checks_of_the_regressor(estimator, check):
     check(estimator)
 
 

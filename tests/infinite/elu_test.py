@@ -25,7 +25,7 @@ def pair_at(s, t, rho, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["elu", "selu"])
+@pytest.mark.parametrize("name", ["elu", pytest.param("selu", marks=pytest.mark.slow)])
 def test_duals_to_thirty_digits(name, dtype):
     """Norms from 1e-3 to 1e3, correlations up to 1e-6 from the ends and at them."""
     rows = [row[1:] for row in GOLDEN["pairs"] if row[0] == name]

@@ -103,9 +103,7 @@ def grams(name, kind, num_features):
 
 
 SLOW = [
-    pytest.param(
-        name, marks=() if name in ("relu", "exponential") else pytest.mark.slow
-    )
+    pytest.param(name, marks=() if name == "relu" else pytest.mark.slow)
     for name in UNBIASED
 ]
 
@@ -289,7 +287,11 @@ def test_exactly_as_many_columns_as_asked_for(num, kind):
     assert np.all(np.isfinite(phi))
 
 
-@pytest.mark.parametrize("net", [mlp(RELU), CONV], ids=["dense", "conv"])
+@pytest.mark.parametrize(
+    "net",
+    [pytest.param(mlp(RELU), id="dense", marks=pytest.mark.slow)]
+    + [pytest.param(CONV, id="conv")],
+)
 def test_examples_do_not_see_each_other(net):
     x = vectors() if net is not CONV else images(n=5)
     features = net.features(64, width=16, batch_size=2)
@@ -318,7 +320,11 @@ def test_time_is_linear_in_positions_and_memory_not_in_examples():
     assert many.temp_size_in_bytes < 1.5 * few.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("net", [mlp(RELU), CONV], ids=["dense", "conv"])
+@pytest.mark.parametrize(
+    "net",
+    [pytest.param(mlp(RELU), id="dense")]
+    + [pytest.param(CONV, id="conv", marks=pytest.mark.slow)],
+)
 def test_gradients_are_finite_at_zero_and_at_twins(net):
     x = vectors() if net is not CONV else images()
     x = x.at[0].set(0.0).at[1].set(x[2])

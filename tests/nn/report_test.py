@@ -94,7 +94,11 @@ def test_takes_samples_evenly(judged):
     np.testing.assert_array_equal(judged[0][1], rows(X)[picks])
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["plain", "remat"])
+@pytest.mark.parametrize(
+    "remat",
+    [pytest.param(False, id="plain", marks=pytest.mark.slow)]
+    + [pytest.param(True, id="remat")],
+)
 def test_reads_every_feed_forward_block_of_the_vit(judged, remat):
     """With remat the blocks are traced: inputs are recorded all the same."""
     config = dataclasses.replace(CONFIG, remat=remat)

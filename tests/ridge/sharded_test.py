@@ -34,7 +34,9 @@ def assert_same(a, b):
         np.testing.assert_allclose(x, y, atol=1e-6 * np.abs(y).max(), err_msg=name)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize(
+    "devices", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 8))]
+)
 @pytest.mark.parametrize("chunk_size", [16, 1000])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_shards_do_not_matter(make_problem, devices, chunk_size, weighted):
