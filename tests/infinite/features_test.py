@@ -289,8 +289,10 @@ def test_exactly_as_many_columns_as_asked_for(num, kind):
 
 @pytest.mark.parametrize(
     "net",
-    [pytest.param(mlp(RELU), id="dense", marks=pytest.mark.slow)]
-    + [pytest.param(CONV, id="conv")],
+    [
+        pytest.param(mlp(RELU), id="dense", marks=pytest.mark.slow),
+        pytest.param(CONV, id="conv"),
+    ],
 )
 def test_examples_do_not_see_each_other(net):
     x = vectors() if net is not CONV else images(n=5)
@@ -322,8 +324,10 @@ def test_time_is_linear_in_positions_and_memory_not_in_examples():
 
 @pytest.mark.parametrize(
     "net",
-    [pytest.param(mlp(RELU), id="dense")]
-    + [pytest.param(CONV, id="conv", marks=pytest.mark.slow)],
+    [
+        pytest.param(mlp(RELU), id="dense"),
+        pytest.param(CONV, id="conv", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_finite_at_zero_and_at_twins(net):
     x = vectors() if net is not CONV else images()

@@ -96,8 +96,10 @@ def test_takes_samples_evenly(judged):
 
 @pytest.mark.parametrize(
     "remat",
-    [pytest.param(False, id="plain", marks=pytest.mark.slow)]
-    + [pytest.param(True, id="remat")],
+    [
+        pytest.param(False, id="plain", marks=pytest.mark.slow),
+        pytest.param(True, id="remat"),
+    ],
 )
 def test_reads_every_feed_forward_block_of_the_vit(judged, remat):
     """With remat the blocks are traced: inputs are recorded all the same."""
