@@ -89,7 +89,7 @@ def test_gains_on_the_affine_map_where_the_noise_is_small():
 
 
 @pytest.mark.parametrize("name", ["cos", "gelu", "exp"])
-@pytest.mark.parametrize("kappa", [0.5, 4.0])
+@pytest.mark.parametrize("kappa", [pytest.param(0.5, marks=pytest.mark.slow), 4.0])
 def test_not_worse_on_the_references_than_without_or_affine(name, kappa):
     features = make(name, kappa)
     params = features.init(jax.random.key(0), WIDTH)
@@ -169,7 +169,9 @@ def test_damping_starts_at_the_cap(name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["gelu", "cos", "exp"])
+@pytest.mark.parametrize(
+    "name", ["gelu", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cos", "exp"))]
+)
 def test_finite_at_any_norm(name, dtype):
     dim = 4096
     features = make(name, 1.0, num_features=dim + 64, scale=None, projection="gaussian")
