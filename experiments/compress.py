@@ -122,8 +122,9 @@ def jobs(config: Any, case: compress_data.Case) -> list[Job]:
 
 
 def _affordable(choice: Choice, blocks: list[Any], budget: float) -> bool:
-    least = 0 if isinstance(choice.method, Affine | Magnitude) else 1
-    return all(choice.method.cost(b, least)[0] <= budget * b.parameters for b in blocks)
+    method = choice.method
+    costs = [(method.cost(block, method.least)[0], block) for block in blocks]
+    return all(cost <= budget * block.parameters for cost, block in costs)
 
 
 def _dense(case: compress_data.Case) -> dict[str, Any]:

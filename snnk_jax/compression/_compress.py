@@ -261,10 +261,10 @@ def _sizes(
             )
         for block in blocks:
             size = budget[block.name]
-            if not 0 <= size <= method.largest(block):
+            if not method.least <= size <= method.largest(block):
                 raise ValueError(
-                    f"sizes must be 0 to {method.largest(block)} for {block.name}. "
-                    f"Got {size}."
+                    f"sizes must be {method.least} to {method.largest(block)} for "
+                    f"{block.name}. Got {size}."
                 )
         return dict(budget)
     return {

@@ -65,8 +65,6 @@ class Features(Method):
 
     def fit(self, site: Site, size: int) -> Fit:
         need_whole(site.block, self)
-        if size < 1:
-            raise ValueError(f"budget must leave a feature. Got {size}.")
         features = resized(self.features, size)
         rngs = nnx.Rngs(projection=site.key, params=site.key)
         block = SNNKMlp(

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -57,7 +57,13 @@ class Fit:
 
 
 class Method(abc.ABC):
-    """Makes a block of a size; the size is a number of units, features or ranks."""
+    """Makes a block of a size; the size is a number of units, features or ranks.
+
+    Attributes:
+      least: the smallest size there is.
+    """
+
+    least: ClassVar[int] = 1
 
     @abc.abstractmethod
     def cost(self, block: Block, size: int) -> tuple[int, int]:
@@ -65,7 +71,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def largest(self, block: Block) -> int:
-        """The size from which on nothing is left to gain; the least is 0 or 1."""
+        """The size from which on nothing is left to gain."""
 
     @abc.abstractmethod
     def fit(self, site: Site, size: int) -> Fit:
@@ -78,7 +84,7 @@ class Method(abc.ABC):
           ValueError: if the least size costs more.
         """
         index = 0 if what == "parameters" else 1
-        low, high = 0, self.largest(block)
+        low, high = self.least, self.largest(block)
         if self.cost(block, low)[index] > budget:
             raise ValueError(
                 f"budget must leave {type(self).__name__} at least "

@@ -24,7 +24,12 @@ from snnk_jax.ridge._solve import Moments, moments
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Affine(Method):
-    """One matrix and a bias, fitted; of lower rank where the budget asks for it."""
+    """One matrix and a bias, fitted; of lower rank where the budget asks for it.
+
+    Of size 0 the block returns the mean of its target.
+    """
+
+    least = 0
 
     def cost(self, block: Block, size: int) -> tuple[int, int]:
         d, o = block.dim, block.out
@@ -68,8 +73,6 @@ class LowRank(Method):
         return min(block.dim, block.width, block.out)
 
     def fit(self, site: Site, size: int) -> Fit:
-        if size < 1:
-            raise ValueError(f"budget must leave a rank of 1. Got {size}.")
         block, up, down = site.block, site.first, site.second
         bias = None if up.bias is None else np.asarray(up.bias[...], np.float64)
         kernel = np.asarray(up.kernel[...], np.float64)

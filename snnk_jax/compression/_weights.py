@@ -17,6 +17,8 @@ class Magnitude(Method):
     and no FLOP is saved: the products stay dense.
     """
 
+    least = 0
+
     def cost(self, block: Block, size: int) -> tuple[int, int]:
         return size + block.biases[0] * block.width + block.out, block.flops
 
@@ -40,6 +42,8 @@ class Magnitude(Method):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int8(Method):
     """Both matrices in 8 bits with a scale an output; a quarter of the bytes."""
+
+    least = 0
 
     def cost(self, block: Block, size: int) -> tuple[int, int]:
         scales = block.width + block.out

@@ -436,9 +436,13 @@ def test_wrong_files_are_refused(net, tmp_path):
 
 BAD = {
     r"budget must be in \(0, 1\]": {"budget": 0.0},
-    "at least 6 parameters": {"budget": 0.001},
+    "at least 19 parameters": {"budget": 0.001},
     "budget must name the blocks": {"budget": {"layers/0/ffn": 3}},
-    "sizes must be 0 to 24": {"budget": dict.fromkeys(names(), 25)},
+    "sizes must be 1 to 24": {"budget": dict.fromkeys(names(), 25)},
+    "sizes must be 1 to 6": {
+        "budget": dict.fromkeys(names(), 0),
+        "method": LowRank(),
+    },
     "metric must be one of": {"budget": 0.5, "metric": "l1"},
     "metric 'norm' must have the norm": {"budget": 0.5, "metric": "norm"},
     "spread 'curves' must": {"budget": 0.5, "spread": "curves", "method": Affine()},
