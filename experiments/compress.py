@@ -237,9 +237,7 @@ def report(
     ]
     panels = _panels(rows, case.metrics[-1])
     if any(panels.values()):
-        plots.accuracy_curves(
-            workdir / "score.png", panels, "stored parameters, % of dense", "score, %"
-        )
+        plots.budget_curves(workdir / "score.png", panels, "score, %")
         parts.append("![score against stored parameters](score.png)")
         _plot_blocks(workdir / "blocks.png", rows)
         parts.append("![R² of the blocks](blocks.png)")

@@ -143,6 +143,39 @@ def accuracy_curves(
     _save(figure, path)
 
 
+def budget_curves(
+    path: str | pathlib.Path, panels: Mapping[str, Mapping[str, Curve]], ylabel: str
+) -> None:
+    """Draws percentages against per cent of what is stored, a line a method.
+
+    The axis ends below the methods of several sizes; of others below it the legend has
+    the figure.
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(8.5 * len(panels), 4.5), squeeze=False
+    )
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        curves = [points for points in lines.values() if len(points) > 1]
+        heights = [y for points in curves or lines.values() for _, y in points]
+        space = 0.05 * max(max(heights) - min(heights), 1.0)
+        bottom = min(heights) - space
+        for index, (name, points) in enumerate(lines.items()):
+            below = max(y for _, y in points) < bottom
+            label = f"{name} ({points[0][1]:.1f})" if below else name
+            style = "o-" if index < 10 else "s--"
+            line = {"color": f"C{index % 10}", "markersize": 4}
+            axis.plot(*zip(*points, strict=True), style, label=label, **line)
+        axis.set(xscale="log", xlabel="stored parameters, % of dense", ylabel=ylabel)
+        axis.set(title=title, ylim=(bottom, None))
+        shares = [x for points in lines.values() for x, _ in points]
+        ticks = [x for x in (0.1, 0.3, 1, 3, 6, 12, 25, 50, 100) if x > min(shares)]
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+
+
 def score_against_parameters(
     path: str | pathlib.Path, rows: Sequence[Mapping[str, Any]], ylabel: str
 ) -> None:
