@@ -158,13 +158,15 @@ def _vit(config: Any) -> Case:
         features = _outputs(model, held, apply)
         size = np.linalg.norm(features, axis=1) * np.linalg.norm(dense, axis=1)
         cosine = float(np.mean(np.sum(features * dense, axis=1) / size))
-        inputs = [_outputs(model, x, apply) for x in (*learnt[:1], test)]
-        return {
-            "agreement": cosine,
-            "top-1": fitted(inputs[0], learnt[1], inputs[1], labels),
-        }
+        right = fitted(
+            _outputs(model, learnt, apply),
+            classes,
+            _outputs(model, test, apply),
+            labels,
+        )
+        return {"agreement": cosine, "top-1": right}
 
-    learnt = _images(data.train, drawn[: config.probe])
+    learnt, classes = _images(data.train, drawn[: config.probe])
     return Case(
         model=model,
         batches=[jnp.asarray(b) for b in _chunks(images, config.batch_size)],

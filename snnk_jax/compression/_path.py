@@ -20,12 +20,6 @@ def units_and_inputs(x: Any, h: Any) -> Any:
     return jnp.concatenate([h, x.astype(h.dtype)], axis=1)
 
 
-def symmetric(centred: Moments) -> Moments:
-    """The same with both triangles of the Gram matrix."""
-    gram = np.triu(centred.gram)
-    return dataclasses.replace(centred, gram=gram + np.triu(gram, 1).T)
-
-
 def part(whole: Moments, columns: slice) -> Moments:
     """Moments of some of the features."""
     return dataclasses.replace(
@@ -53,15 +47,15 @@ def beside(
     """
     units, rest = slice(0, width), slice(width, None)
     a, kept = np.zeros((len(whole.gram) - width, 0)), np.zeros(0, int)
+    others = part(whole, rest)
     if ranks:
-        a, _ = reduced_rank(part(whole, rest), ranks, judged)
+        a, _ = reduced_rank(others, ranks, judged)
     for _ in range(_TURNS if ranks else 1):
         left = beyond(whole, units, rest, a)
         kept = eliminate(left, [size - ranks], judged)[0][size - ranks]
+        others = beyond(whole, rest, units, np.eye(width)[:, kept])
         if ranks:
-            others = beyond(whole, rest, units, np.eye(width)[:, kept])
             a, _ = reduced_rank(others, ranks, judged)
-    others = beyond(whole, rest, units, np.eye(width)[:, kept])
     left = beyond(others, slice(None), slice(None), a)
     return kept, a, float(np.sum(left.y_square[judged]))
 

@@ -17,8 +17,7 @@ from snnk_jax.compression._methods import (
     values,
 )
 from snnk_jax.compression._modules import linear, low_rank
-from snnk_jax.compression._path import symmetric
-from snnk_jax.compression._select import reduced_rank
+from snnk_jax.compression._select import reduced_rank, symmetric
 from snnk_jax.ridge._solve import Moments, moments
 
 

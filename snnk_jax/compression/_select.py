@@ -1,5 +1,6 @@
 """Which units to keep, and how many of each block, from sums alone."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,12 @@ from snnk_jax.ridge._solve import Moments
 _STEP = 0.06
 # Penalty of the elimination, as a share of the mean variance of a unit.
 _PENALTY = 1e-5
+
+
+def symmetric(centred: Moments) -> Moments:
+    """The same with both triangles of the Gram matrix."""
+    gram = np.triu(centred.gram)
+    return dataclasses.replace(centred, gram=gram + np.triu(gram, 1).T)
 
 
 def eliminate(
@@ -38,8 +45,7 @@ def eliminate(
       Hassibi and Stork, "Second order derivatives for network pruning: optimal brain
       surgeon", 1993.
     """
-    gram = np.triu(moments.gram)
-    gram = gram + np.triu(gram, 1).T
+    gram = symmetric(moments).gram
     cross = moments.cross[:, targets]
     penalty = _PENALTY * float(np.trace(gram)) / len(gram)
     left = np.arange(len(gram))
@@ -167,8 +173,7 @@ def reduced_rank(
     References:
       Izenman, "Reduced-rank regression for the multivariate linear model", 1975.
     """
-    gram = np.triu(moments.gram)
-    gram = gram + np.triu(gram, 1).T
+    gram = symmetric(moments).gram
     penalty = _PENALTY * float(np.trace(gram)) / len(gram)
     gram[np.diag_indices(len(gram))] += penalty
     factor = np.tril(lapack.dpotrf(gram, lower=1)[0])

@@ -10,8 +10,8 @@ from snnk_jax import ridge
 from snnk_jax.compression._blocks import Block
 from snnk_jax.compression._methods import Fit, Method, Site, hidden, solve, values
 from snnk_jax.compression._modules import linear
-from snnk_jax.compression._path import beside, symmetric, units_and_inputs
-from snnk_jax.compression._select import eliminate, energies
+from snnk_jax.compression._path import beside, units_and_inputs
+from snnk_jax.compression._select import eliminate, energies, symmetric
 from snnk_jax.ridge._solve import moments
 
 # Shares of a linear path that "auto" tries.
@@ -109,8 +109,8 @@ class Units(Method):
         whole = symmetric(moments(site.task.gather(units_and_inputs, "units-inputs")))
         shares = _SHARES if self.linear == "auto" else (self.linear,)
         found = [
-            beside(whole, block.width, size, int(share * size), site.judged)
-            for share in dict.fromkeys(shares)
+            beside(whole, block.width, size, ranks, site.judged)
+            for ranks in sorted({int(share * size) for share in shares})
         ]
         kept, a, _ = min(found, key=lambda choice: choice[2])
         gram = whole.gram[block.width :, block.width :]
