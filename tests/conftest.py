@@ -1,5 +1,6 @@
 """Strict switches for the whole suite, and what tests share."""
 
+import gc
 import os
 import pathlib
 
@@ -47,6 +48,19 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_compiled_code():
+    """Every program that JAX keeps takes memory maps, of which Linux allows 65530.
+
+    A process beyond that dies in the next compilation, as a worker of the slow tier did.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
