@@ -29,6 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
             # ReLU layers.
             "depth": 2,
             "num_features": (1024, 2048, 4096, 8192),
+            # Numbers of landmarks, centres of k-means; () for none.
+            "landmarks": (1024, 4096, 8192),
             # Features of the first layer, at most.
             "width": 4096,
             "exact_rows": (1000, 2000, 5000),
@@ -42,9 +44,11 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg == "large":
         config.num_features = (*config.num_features, 16384)
+        config.landmarks = (*config.landmarks, 16384)
     elif arg == "quicktest":
         config.data.name = "digits"
-        config.update(num_features=(64, 128), exact_rows=(100,), select_features=64)
+        config.update(num_features=(64, 128), landmarks=(64, 128))
+        config.update(exact_rows=(100,), select_features=64)
     elif arg:
         raise ValueError(
             f"the config argument must be large or quicktest. Got {arg!r}."

@@ -20,13 +20,16 @@ from experiments.report import markdown
 from experiments.ridge_images import Images
 from experiments.tabular import Split
 
+# Methods of maps, and the maps' names.
+MAPS = {"features": "ntk", "landmarks": "landmarks"}
+
 
 def measure_features(
-    num_features: int, seed: int, images: Images, config: Any
+    method: str, num_features: int, seed: int, images: Images, config: Any
 ) -> dict[str, Any]:
     """Accuracy and seconds, from raw images to the last prediction."""
-    job = ridge_images.Job("ntk", num_features, seed)
-    return {**ridge_images.measure(job, images, config), "method": "features"}
+    job = ridge_images.Job(MAPS[method], num_features, seed)
+    return {**ridge_images.measure(job, images, config), "method": method}
 
 
 def measure_exact(rows: int, images: Images, config: Any) -> dict[str, Any]:
@@ -67,15 +70,17 @@ def measure_exact(rows: int, images: Images, config: Any) -> dict[str, Any]:
 
 
 def jobs(images: Images, config: Any) -> Iterator[Job]:
-    """The exact kernel by rows, then features by their number."""
+    """The exact kernel by rows, then random features and landmarks by their number."""
     for rows in config.exact_rows:
         yield f"exact | {rows}", functools.partial(measure_exact, rows, images, config)
-    for num_features in config.num_features:
-        for seed in config.seeds:
-            measure = functools.partial(
-                measure_features, num_features, seed, images, config
-            )
-            yield f"features | {num_features} | seed {seed}", measure
+    sizes = {"features": config.num_features, "landmarks": config.landmarks}
+    for method, numbers in sizes.items():
+        for num_features in numbers:
+            for seed in config.seeds:
+                measure = functools.partial(
+                    measure_features, method, num_features, seed, images, config
+                )
+                yield f"{method} | {num_features} | seed {seed}", measure
 
 
 def check(config: Any) -> None:
@@ -87,13 +92,11 @@ def check(config: Any) -> None:
     for key in ("depth", "width", "select_features", "chunk_size"):
         if not config[key] > 0:
             raise ValueError(f"config.{key} must be positive. Got {config[key]}.")
-    for key in ("num_features", "seeds"):
-        if not config[key]:
-            raise ValueError(f"config.{key} must not be empty. Got {config[key]}.")
-    if min(config.num_features) < 64:
-        raise ValueError(
-            f"config.num_features must be at least 64. Got {config.num_features}."
-        )
+    if not config.seeds:
+        raise ValueError(f"config.seeds must not be empty. Got {config.seeds}.")
+    for key in ("num_features", "landmarks"):
+        if min(config[key], default=64) < 64:
+            raise ValueError(f"config.{key} must be at least 64. Got {config[key]}.")
     if config.exact_rows and min(config.exact_rows) < 20:
         raise ValueError(
             f"config.exact_rows must be at least 20. Got {config.exact_rows}."
@@ -122,11 +125,12 @@ def run(
     """
     check(config)
     images = ridge_images.load_images(config.data.name, config.data.dir)
-    if max(config.exact_rows, default=0) > len(images.x_train):
-        raise ValueError(
-            f"config.exact_rows must be at most {len(images.x_train)} images. "
-            f"Got {config.exact_rows}."
-        )
+    for key in ("exact_rows", "landmarks"):
+        if max(config[key], default=0) > len(images.x_train):
+            raise ValueError(
+                f"config.{key} must be at most {len(images.x_train)} images. "
+                f"Got {config[key]}."
+            )
     return run_study(
         config,
         workdir,
@@ -140,25 +144,23 @@ def report(
     workdir: pathlib.Path, rows: Sequence[dict[str, Any]], config: Any
 ) -> list[str]:
     """The parts of the report; the plot is written on the way."""
-    features = [row for row in rows if row["method"] == "features"]
     exact = [row for row in rows if row["method"] == "exact"]
     lines = [["method", "training images", "m", "accuracy, %", "seconds"]]
-    curve: dict[int, list[float]] = {}
     for row in exact:
         cells = [f"{row['rows']:,}", "-", f"{100 * row['accuracy']:.2f}"]
         lines.append(["exact kernel", *cells, f"{row['seconds']:.0f}"])
-    for row in features:
-        curve.setdefault(row["num_features"], []).append(100 * row["accuracy"])
-    for m, accuracies in curve.items():
-        mine = [row for row in features if row["num_features"] == m]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["method"] != "exact":
+            groups.setdefault((row["method"], row["num_features"]), []).append(row)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for (method, m), mine in groups.items():
+        accuracy = 100 * float(np.mean([row["accuracy"] for row in mine]))
+        curves.setdefault(method, []).append((m, accuracy))
+        cells = [f"{mine[0]['rows']:,}", f"{m:,}", f"{accuracy:.2f}"]
         seconds = np.mean([row["seconds"] for row in mine])
-        cells = [f"{mine[0]['rows']:,}", f"{m:,}", f"{np.mean(accuracies):.2f}"]
-        lines.append(["features", *cells, f"{seconds:.0f}"])
-    panels = {
-        "features, all training images": {
-            "features": [(m, float(np.mean(a))) for m, a in curve.items()]
-        }
-    }
+        lines.append([method, *cells, f"{seconds:.0f}"])
+    panels = {"features, all training images": curves} if curves else {}
     if exact:
         points = [(row["rows"], 100 * row["accuracy"]) for row in exact]
         panels["exact kernel, by training images"] = {"exact kernel": points}

@@ -160,6 +160,9 @@ def make_map(
         width = min(config.width, num_features)
         features = relu_network(config.depth).features(num_features, width=width)
         params = features.init(key, mean.shape)
+    elif name == "landmarks":
+        features = infinite.LandmarkFeatures(net=relu_network(config.depth))
+        params = features.init(_centres(images, mean, scale, num_features, seed))
     elif name == "patches":
         x = images.x_train.reshape(len(images.x_train), -1).astype(np.float32)
         mean[:] = mean.mean()
@@ -178,6 +181,19 @@ def make_map(
     phi = OfPixels(features).phi
     frozen = sum(leaf.size for leaf in jax.tree.leaves(params))
     return functools.partial(phi, params, jnp.asarray(mean), jnp.asarray(scale)), frozen
+
+
+def _centres(
+    images: Images, mean: np.ndarray, scale: np.ndarray, size: int, seed: int
+) -> Array:
+    """Centres of k-means among the centred training images, near to converged."""
+    from sklearn.cluster import KMeans
+
+    x = images.x_train.reshape(len(images.x_train), -1).astype(np.float32)
+    x = (x - mean) * scale
+    start: Any = x[np.random.default_rng(seed).choice(len(x), size, replace=False)]
+    means = KMeans(size, init=start, max_iter=6)
+    return jnp.asarray(means.fit(x).cluster_centers_)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ def unchecked():
 def room_for_compiled_code():
     """Every program that JAX keeps takes memory maps, of which Linux allows 65530.
 
-    A process beyond that dies in the next compilation, as a worker of the slow tier did.
+    A process beyond that dies in its next compilation; a worker of the slow tier did.
     """
     yield
     maps = pathlib.Path("/proc/self/maps")

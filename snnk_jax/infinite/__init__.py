@@ -13,6 +13,7 @@ from snnk_jax.infinite._finite import finite as finite
 from snnk_jax.infinite._kernel import Kernels as Kernels
 from snnk_jax.infinite._kernel import blocks as blocks
 from snnk_jax.infinite._kernel import kernel as kernel
+from snnk_jax.infinite._landmarks import LandmarkFeatures as LandmarkFeatures
 from snnk_jax.infinite._large import Nystrom as Nystrom
 from snnk_jax.infinite._large import computed_product as computed_product
 from snnk_jax.infinite._large import kernel_cg as kernel_cg

@@ -13,6 +13,7 @@ import scipy.linalg
 
 from snnk_jax.infinite import _layers
 from snnk_jax.infinite._kernel import blocks
+from snnk_jax.infinite._landmarks import whitening
 from snnk_jax.infinite._predict import KernelRidge
 from snnk_jax.ridge import CGReport, PrecisionWarning
 
@@ -140,9 +141,11 @@ def nystrom(
     *,
     batch_size: int = 1024,
 ) -> Nystrom:
-    r"""Features of a kernel from its columns at random landmarks S.
+    r"""Features of a kernel from its columns at random landmarks S, on the host.
 
     .. math:: \Phi = K_{:S} K_{SS}^{-1/2}, \qquad \Phi \Phi^\top \approx K
+
+    :class:`LandmarkFeatures` are the same as a map of new inputs.
 
     Args:
       net: the layers.
@@ -160,15 +163,11 @@ def nystrom(
         raise ValueError(f"rank must be in [1, {len(x)}]. Got {rank}.")
     rows = np.sort(rng.choice(len(x), rank, replace=False))
     landmarks = np.asarray(x[rows])
-    across = np.empty((len(x), rank))
+    across, values = np.empty((len(x), rank)), np.empty(0)
     parts = blocks(net, x, landmarks, get, batch_size=batch_size)
     for left, right, values in parts:
         across[left, right] = values
-    inner = across[rows]
-    values, vectors = np.linalg.eigh((inner + inner.T) / 2)
-    # Single precision of the kernel: below is noise.
-    keep = values > rank * np.finfo(np.float32).eps * values[-1]
-    return Nystrom(across @ (vectors[:, keep] / np.sqrt(values[keep])), rows)
+    return Nystrom(across @ whitening(across[rows], values.dtype), rows)
 
 
 def kernel_cg(

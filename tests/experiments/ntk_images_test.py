@@ -31,8 +31,9 @@ def test_features_come_near_the_exact_kernel(digits):
     )
     config = quick(select_features=1024)
     exact = ntk_images.measure_exact(400, few, config)
-    features = ntk_images.measure_features(1024, 0, few, config)
-    assert abs(features["accuracy"] - exact["accuracy"]) < 0.03
+    for method, size in (("features", 1024), ("landmarks", 200)):
+        row = ntk_images.measure_features(method, size, 0, few, config)
+        assert abs(row["accuracy"] - exact["accuracy"]) < 0.03
 
 
 @pytest.mark.slow
@@ -41,7 +42,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     rows = ntk_images.run(config, tmp_path, "command")
     file = tmp_path / "rows.jsonl"
     lines = file.read_text().splitlines()
-    assert len(lines) == len(rows) == 3
+    assert len(lines) == len(rows) == 5
     marked = json.loads(lines[0]) | {"seconds": 123.0}
     file.write_text("\n".join([json.dumps(marked), *lines[2:]]) + "\n")
     again = ntk_images.run(config, tmp_path, "command")
@@ -58,6 +59,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
         ("data.name", "svhn", "config.data.name must be mnist or digits"),
         ("depth", 0, "config.depth must be positive. Got 0"),
         ("num_features", (8,), "config.num_features must be at least 64"),
+        ("landmarks", (63,), "config.landmarks must be at least 64"),
         ("exact_rows", (5,), "config.exact_rows must be at least 20"),
         ("val_fraction", 1.0, "config.val_fraction must be in"),
         ("seeds", (), "config.seeds must not be empty"),
@@ -69,9 +71,10 @@ def test_mistakes_are_found_before_any_work(key, value, words):
 
 
 @pytest.mark.slow
-def test_more_rows_than_images(tmp_path):
-    with pytest.raises(ValueError, match="config.exact_rows must be at most 1347"):
-        ntk_images.run(quick(exact_rows=(2000,)), tmp_path / "run")
+@pytest.mark.parametrize("key", ["exact_rows", "landmarks"])
+def test_more_rows_than_images(key, tmp_path):
+    with pytest.raises(ValueError, match=f"config.{key} must be at most 1347"):
+        ntk_images.run(quick(**{key: (2000,)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
