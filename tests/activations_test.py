@@ -14,6 +14,7 @@ import scipy.stats
 import snnk_jax as snnk
 from snnk_jax.activations import Activation, Atom, Spectrum
 from snnk_jax.testing import count_traces, tolerance
+from tests.tiers import slow_but
 
 Z = np.concatenate([np.linspace(-6, 6, 101), [0.0]])
 NAMES = [
@@ -194,7 +195,7 @@ def test_derivatives_are_those_of_finite_differences(label, order):
 
 
 @every_row
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but(("float32",), ("float32", "bfloat16")))
 def test_grad_keeps_dtype_and_shape_under_transformations(label, dtype):
     row = make(label)
     z = jnp.asarray(Z.reshape(6, 17), dtype)

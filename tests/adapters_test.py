@@ -14,6 +14,7 @@ from snnk_jax._files import write_record
 from snnk_jax.models.vit import ViT, ViTConfig
 from snnk_jax.nn import Adapted, AdapterParam
 from snnk_jax.testing import call
+from tests.tiers import slow_but
 
 SIZES = {
     "hidden_size": 16,
@@ -136,7 +137,9 @@ def saved(base, tmp_path):
     return file, model
 
 
-@pytest.mark.parametrize("kind", list(RULES))
+@pytest.mark.parametrize(
+    "kind", slow_but(("snnk_relu", "bottleneck", "lora", "after the block"), RULES)
+)
 def test_round_trip_from_the_plain_base(kind, base, tmp_path):
     file = tmp_path / "a.safetensors"
     model = trained(kind, base)

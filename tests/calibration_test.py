@@ -9,6 +9,7 @@ import sklearn.linear_model
 import snnk_jax as snnk
 from snnk_jax.calibration import balance, fit_linear, fit_readout
 from snnk_jax.features import URF, ArcCosine, Exponential, Polynomial
+from tests.tiers import slow_but
 
 WIDTH, OUTPUTS = 16, 24
 
@@ -65,15 +66,8 @@ MAPS = {
 }
 
 
-EACH_WAY = ("cos", "gelu", "shrunk")  # waves, a series, and shrinkage
-
-
-def slow(*names):
-    return [pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
-
-
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("name", [*EACH_WAY, *slow(*(MAPS.keys() - set(EACH_WAY)))])
+@pytest.mark.parametrize("name", slow_but(("cos", "gelu"), MAPS))
 def test_never_worse_on_the_samples(name, regime):
     features = MAPS[name]
     layer = make_layer(**REGIMES[regime])
@@ -218,7 +212,9 @@ def test_shrinkage_takes_the_samples_as_references():
     assert error**0.5 < 1.05 * np.mean(float64(line - exact) ** 2) ** 0.5
 
 
-@pytest.mark.parametrize("name", ["cos_exact", *slow("cos", "hadamard", "shrunk")])
+@pytest.mark.parametrize(
+    "name", slow_but(("cos_exact",), ("cos", "cos_exact", "hadamard", "shrunk"))
+)
 def test_bfloat16_params(name):
     features = MAPS[name]
     x, kernel, bias = make_layer(10.0, 3.0)

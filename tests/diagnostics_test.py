@@ -244,6 +244,7 @@ def test_the_floor_of_the_series_is_named():
     assert "num_terms" in found.reason
 
 
+@pytest.mark.slow
 def test_the_affine_map_is_named_where_it_is_enough():
     x, kernel, _ = make_layer(0.5)
     found = suggest_num_features("gelu", x, kernel, target_rmse=0.05)

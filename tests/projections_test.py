@@ -11,6 +11,7 @@ import scipy.stats
 
 from snnk_jax import projections
 from tests.projections_golden import PATH, make_golden
+from tests.tiers import slow_but
 
 MASK = 0xFFFFFFFF
 EXACT = ("gaussian", "orthogonal", "simplex", "antithetic", "sobol")
@@ -437,9 +438,12 @@ def test_hadamard_is_the_product_of_its_factors(num, dim):
     np.testing.assert_allclose(projections.matrix(params), expected, rtol=1e-5)
 
 
+DTYPES = ("bfloat16", "float32", "float64")
+
+
 @pytest.mark.parametrize("name", projections.names())
-@pytest.mark.parametrize("stored", ["bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("given", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("stored", slow_but(("float32",), DTYPES))
+@pytest.mark.parametrize("given", DTYPES)
 def test_apply_accumulates_in_float32_or_better(name, stored, given):
     with jax.enable_x64(True):
         params = projections.params(name, jax.random.key(2), 40, 24, jnp.dtype(stored))

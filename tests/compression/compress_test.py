@@ -17,6 +17,7 @@ from snnk_jax.compression import (
     Units,
     num_parameters,
 )
+from tests.tiers import slow_but
 
 DIM, WIDTH, TOKENS = 6, 24, 96
 
@@ -106,6 +107,7 @@ def test_all_units_give_the_model_back_and_leave_it_alone(net):
     assert report.output_r2 > 0.99999
 
 
+@pytest.mark.slow
 def test_duplicated_units_are_found(net):
     """A block whose second half repeats its first needs half of its units."""
     model = nnx.clone(net)
@@ -214,7 +216,9 @@ def compressed(name):
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", slow_but(("units", "units+linear", "data-aware svd", "int8"), METHODS)
+)
 def test_every_method(name, tmp_path):
     model, small, report = compressed(name)
     x = batches(1, seed=3)[0]
@@ -279,6 +283,7 @@ def test_a_linear_path_takes_what_is_linear():
     assert np.asarray(block.up.bias[...])[4:].min() > 6
 
 
+@pytest.mark.slow
 def test_a_second_sweep(net):
     """Forward it finds what it found; backward it sees the blocks before replaced."""
 
@@ -324,6 +329,7 @@ def test_padding_does_not_count(net):
         snnk.compress(net, padded, PRE, budget=0.4, weights=lambda b: b["mask"][:, 0])
 
 
+@pytest.mark.slow
 def test_a_common_budget_goes_where_it_helps(net):
     model = nnx.clone(net)
     # Of the first block, nothing but two units matters.
@@ -393,6 +399,7 @@ def test_export_of_a_compressed_model(net):
     np.testing.assert_allclose(exported.call(x), small(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_never_seen():
     config = snnk.models.vit.ViTConfig(
         image_size=8,

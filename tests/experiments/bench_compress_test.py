@@ -24,6 +24,7 @@ def test_the_flops_of_the_encoder_are_counted():
     assert bench.encoder_flops(config, 3, [16, 2]) == 2 * block + 24 * 18
 
 
+@pytest.mark.slow
 def test_the_narrowed_model_has_so_many_units():
     config = bench.BertConfig(
         hidden_size=4, depth=2, num_heads=1, mlp_dim=16, vocab_size=9, pool="mean"
@@ -44,6 +45,7 @@ def test_the_verdict(gain, outcome):
     assert bench.verdict([block])[0].endswith(f"goal 85%: {outcome}.")
 
 
+@pytest.mark.slow
 def test_a_stream_counts_its_tokens(tmp_path):
     found = bench.stream(100, str(tmp_path), batch=64)
     assert found["tokens"] == 128

@@ -80,6 +80,7 @@ def test_heads_made_of_weights_do_at_once_what_the_dense_one_does():
         assert error < 0.1, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["mean", "pooler"])
 def test_states_in_batches_of_one_length_are_those_of_the_model(pool):
     config = BertConfig(

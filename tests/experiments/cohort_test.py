@@ -33,6 +33,7 @@ def adapted(seed, method="snnk_relu", dropout=0.1):
     )
 
 
+@pytest.mark.slow
 def test_each_run_is_the_run_alone(dataset, mesh, tmp_path):
     recipes = [
         RECIPE,

@@ -64,6 +64,7 @@ def test_the_loss_is_its_formula(texts):
         np.testing.assert_allclose(losses[i], expected, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_examples_without_weight_are_no_neighbours(texts):
     model, objective = make_bert(), distil.Distil(similarity=1.0)
     rng = np.random.default_rng(1)

@@ -299,6 +299,7 @@ def test_cells_of_two_sizes_count_the_same():
     np.testing.assert_allclose(phi, np.broadcast_to(phi[:1], (4, 2)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_digits_and_its_resumption(tmp_path):
     config = quick("mnist_ridge")
     rows = fit_ridge.run(config, tmp_path, "the command")

@@ -65,6 +65,7 @@ def test_errors_are_those_of_the_estimate():
     assert row["best_affine"] < 1.2 * row["affine"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     config = quick()
     rows = kernel_error.run(config, tmp_path, "command")

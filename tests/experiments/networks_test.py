@@ -182,6 +182,7 @@ def test_the_readout_starts_with_outputs_of_the_usual_size(features):
     assert 0.3 < jnp.var(30.0 * after) < 2.0
 
 
+@pytest.mark.slow
 def test_training_changes_the_parameters_alone_and_depends_on_the_seed():
     config = quick("siren")
     problem = siren.problems(config)[0]

@@ -68,6 +68,7 @@ def test_a_sweep_picks_a_rate_and_does_not_repeat_finished_runs(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")} == stamps
 
 
+@pytest.mark.slow
 def test_a_workdir_of_other_settings_is_refused(tmp_path):
     run(load_config(QUICK, {"methods": ("linear_probe",)}), tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -77,6 +78,7 @@ def test_a_workdir_of_other_settings_is_refused(tmp_path):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_workdir(tmp_path):
     (first,) = run(load_config(QUICK, {"methods": ("snnk_relu",)}), tmp_path / "a")
     config = load_config(

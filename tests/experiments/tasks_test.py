@@ -6,6 +6,7 @@ from flax import nnx
 from experiments import load_config, summary, tasks
 from experiments.train import normalise
 from snnk_jax.testing import call
+from tests.tiers import slow_but
 
 CONFIG = load_config("configs/vit_adapter.py", {"model.weights": ""})
 DIM, DEPTH, CLASSES = 128, 6, 10
@@ -78,7 +79,11 @@ def test_snnk_trains_a_fifth_of_houlsby():
         assert 5 * TRAINED[method] <= TRAINED["houlsby"]
 
 
-@pytest.mark.parametrize("method", list(tasks.METHODS))
+QUICK = ("snnk_relu", "snnk_factored", "houlsby", "lora", "bitfit", "full")
+each_method = pytest.mark.parametrize("method", slow_but(QUICK, tasks.METHODS))
+
+
+@each_method
 def test_the_model_is_unchanged_at_the_start(method):
     config = load_config("configs/vit_adapter.py:quicktest")
     rngs = nnx.Rngs(0)
@@ -120,7 +125,7 @@ def test_counts_at_the_size_of_base(family, method, options, trained):
     assert counts.trained == trained
 
 
-@pytest.mark.parametrize("method", list(tasks.METHODS))
+@each_method
 def test_every_method_adapts_a_bert(method):
     config = load_config("configs/bert_adapter.py:quicktest")
     rngs = nnx.Rngs(0)

@@ -171,6 +171,7 @@ def test_weight_decay_leaves_biases_and_scales_alone():
     np.testing.assert_array_equal(updates["scale"], 0.0)
 
 
+@pytest.mark.slow
 def test_step_metrics(dataset):
     """The metrics of one step, computed again by hand."""
     recipe = dataclasses.replace(RECIPE, augment="none", label_smoothing=0.2)
@@ -233,6 +234,7 @@ def test_training_learns_and_leaves_the_model_alone(fit, tmp_path):
     assert trained(jnp.zeros((2, 8, 8, 3))).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_the_evaluation_counts_every_example_once(fit, dataset):
     """A batch that does not divide the split, against one pass over the split."""
     recipe = dataclasses.replace(RECIPE, batch_size=24, steps=2)
@@ -248,6 +250,7 @@ def test_the_evaluation_counts_every_example_once(fit, dataset):
     assert result["loss"] == pytest.approx(-log_p.mean(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(fit, dataset, tmp_path):
     trained, result = fit()
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -371,6 +374,7 @@ def test_a_sharded_run_resumes_on_one_device(fit, dataset, tmp_path):
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_keep_best_returns_the_best_parameters(fit, dataset, tmp_path):
     # A learning rate that first learns, then destroys: the best is not the last.
     recipe = dataclasses.replace(

@@ -25,6 +25,7 @@ def finished(tmp_path_factory):
     return uptrain.run(config, workdir), workdir
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_rows_models_and_report(finished):
     rows, workdir = finished
     assert [row["kind"] for row in rows] == ["units"]
@@ -44,6 +45,7 @@ def test_a_run_writes_its_rows_models_and_report(finished):
     assert (workdir / "score.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_repeated(finished):
     rows, workdir = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.safetensors")}
@@ -52,6 +54,7 @@ def test_a_finished_run_is_not_repeated(finished):
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*.safetensors")} == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_the_way_ends_like_a_whole_one(finished, tmp_path):
     """As after a kill behind the first step: one checkpoint, no row, no result."""
     rows, whole = finished
@@ -243,6 +246,7 @@ def test_embeddings_come_in_order():
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_recipe_is_written_down(finished):
     rows, workdir = finished
     recipe = json.loads((workdir / rows[0]["name"] / "result.json").read_text())[

@@ -22,8 +22,15 @@ CLOSE = tolerance("float32")
 
 # Coupled directions change the law of the estimates, nothing else: where a map stands
 # with both, the tests that are not statistical take the independent ones.
-# Shrinkage compiles long; one of its maps is enough outside the slow tier.
-LONG = ("urf_shrunk_gelu", "exponential_shrunk")
+# One map of each kind is enough outside the slow tier: what shrinks, samples, expands
+# into a series, keeps degrees exact.
+LONG = (
+    *("urf_shrunk_gelu", "exponential_shrunk", "exponential_exact_2_gaussian"),
+    *("urf_sampled_sech_bias_gaussian", "urf_sampled_plain_gaussian"),
+    *("urf_exact_0_bias_gaussian", "urf_exact_2_bias_gaussian"),
+    *("urf_user_bias_gaussian", "urf_relu_bias_gaussian", "urf_tanh_bias_gaussian"),
+    *("urf_shape_bias_gaussian", "arccos_2_gaussian", "polynomial_tensor_srht_bias"),
+)
 PLAIN = [
     pytest.param(case, marks=pytest.mark.slow) if case.name in LONG else case
     for case in CASES

@@ -11,6 +11,7 @@ import snnk_jax as snnk
 from snnk_jax.infinite import _duals, _hermite, _mixture
 from snnk_jax.infinite._arctan import angle
 from snnk_jax.infinite._duals import Pair
+from tests.tiers import slow_but
 
 get = snnk.activations.get
 CLOSED = {
@@ -105,7 +106,7 @@ def test_the_mixture_is_the_logistic_function():
         assert abs(weights.sum() - 1) < 1e-12
 
 
-@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize("name", slow_but(("bare_elu",), OPEN))
 def test_functions_without_a_closed_form_against_quadrature(name):
     function = OPEN[name]
     f = function.evaluate

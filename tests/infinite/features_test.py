@@ -307,6 +307,7 @@ def test_examples_do_not_see_each_other(net):
     np.testing.assert_allclose(mapped, phi, **close)
 
 
+@pytest.mark.slow
 def test_time_is_linear_in_positions_and_memory_not_in_examples():
     features = CONV.features(128, width=32, batch_size=4)
 
@@ -386,6 +387,7 @@ def test_the_key_decides():
 # Suggestions.
 
 
+@pytest.mark.slow
 def test_suggested_features_meet_the_target():
     x = jax.random.normal(jax.random.key(0), (24, 16))
     net = mlp(activation("gelu"))

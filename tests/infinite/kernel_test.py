@@ -45,7 +45,7 @@ def grouped():
     for (name, depth, b_std, near), cases in groups.items():
         quick = (depth == 2 and not near) or (near and (name, depth) == ("relu", 10))
         for dtype in ("float64", "float32"):
-            now = quick and (dtype == "float64" or name in ("relu", "gelu", "tanh"))
+            now = quick and (dtype == "float64" or name == "relu")
             yield pytest.param(
                 *(name, depth, b_std, near, cases, dtype),
                 marks=() if now else pytest.mark.slow,

@@ -327,6 +327,7 @@ def test_attention_dropout_keeps_to_the_mask():
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_values_and_gradients():
     inputs = make_inputs(3)
 

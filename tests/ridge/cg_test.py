@@ -33,6 +33,7 @@ def test_the_solution_is_the_factored_one(make_problem, intercept, shift, rank):
     np.testing.assert_allclose(found.residual, exact.residual, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_the_preconditioner_saves_steps(make_problem):
     problem = make_problem(n=3000, m=300, condition=1e6)
     stats = of(problem)

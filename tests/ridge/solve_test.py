@@ -65,6 +65,7 @@ def test_digits_above_the_stated_penalty(make_problem, condition, penalty, m):
     assert error < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "n",
     [pytest.param(6000, marks=pytest.mark.slow), 20_000],
@@ -319,6 +320,7 @@ def test_fit_leaves_one_out_which_beats_gcv_with_few_rows():
     assert loo < 0.97 * gcv
 
 
+@pytest.mark.slow
 def test_no_interpolation_spike_on_digits():
     """The test accuracy at m = n must not fall below that at a quarter of it."""
     digits = load_digits()
