@@ -1,6 +1,7 @@
 """MNIST with features of the neural tangent kernel of two ReLU layers.
 
-Plain pixels, centred; features of all 60,000 training images by streamed ridge
+Plain pixels, images of norm one; random features, and the kernel's columns at the
+centres of k-means ("landmarks"), of all 60,000 training images by streamed ridge
 regression, the penalty from held-out training images, accuracy against the number of
 features (Zandieh et al., "Scaling Neural Tangent Kernels via Sketching and Random
 Features", arXiv 2106.07880, have the figure); beside them the exact kernel of up to
@@ -26,6 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "experiment": "ntk_images",
             "name": "ntk_mnist" + (f"_{arg}" if arg else ""),
             "data": {"name": "mnist", "dir": ""},
+            # "unit": each image of norm one; "centred": less the mean image.
+            "pixels": "unit",
             # ReLU layers.
             "depth": 2,
             "num_features": (1024, 2048, 4096, 8192),

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import plots, ridge_images
@@ -41,7 +40,7 @@ def measure_exact(rows: int, images: Images, config: Any) -> dict[str, Any]:
     order = np.random.default_rng(0).permutation(len(images.x_train))[:rows]
     centre, scale = ridge_images.pixel_scale(images)
     x = np.concatenate([images.x_train[order], images.x_test])
-    x = jnp.asarray((x.reshape(len(x), -1).astype(np.float32) - centre) * scale)
+    x = ridge_images.prepared(x, centre, scale, config.pixels == "unit")
     net = ridge_images.relu_network(config.depth)
     kernel = np.concatenate(
         [
@@ -88,6 +87,10 @@ def check(config: Any) -> None:
     if config.data.name not in ("mnist", "digits"):
         raise ValueError(
             f"config.data.name must be mnist or digits. Got {config.data.name!r}."
+        )
+    if config.pixels not in ("unit", "centred"):
+        raise ValueError(
+            f"config.pixels must be unit or centred. Got {config.pixels!r}."
         )
     for key in ("depth", "width", "select_features", "chunk_size"):
         if not config[key] > 0:

@@ -119,16 +119,25 @@ class PatchFeatures:
         return phi.reshape(-1) / self.cells
 
 
+def prepared(x: Any, mean: np.ndarray | Array, scale: Any, unit: bool = False) -> Array:
+    """Flat images, centred and scaled, or each as it is but of norm one."""
+    flat = jnp.asarray(x).reshape(len(x), -1).astype(jnp.float32)
+    if unit:
+        norm = jnp.linalg.norm(flat, axis=1, keepdims=True)
+        return flat / jnp.maximum(norm, 1.0)  # an empty image stays zero
+    return (flat - mean[None]) * scale
+
+
 @dataclasses.dataclass(frozen=True)
 class OfPixels:
-    """A feature map of flattened images that are centred and scaled first."""
+    """A feature map of flattened images that are :func:`prepared` first."""
 
     features: Any
+    unit: bool = False
 
     def phi(self, params: Params, mean: Array, scale: Array, x: Array) -> Array:
         """Maps raw images ``[n, h, w]`` to features."""
-        flat = x.reshape(len(x), -1).astype(jnp.float32)
-        return self.features.phi(params, (flat - mean[None]) * scale)
+        return self.features.phi(params, prepared(x, mean, scale, self.unit))
 
 
 def pixel_scale(images: Images) -> tuple[np.ndarray, np.ndarray]:
@@ -152,17 +161,20 @@ def make_map(
     """The features of raw images by name, and the number of frozen parameters.
 
     The training images give the centre and the scale: each pixel's mean and the root
-    mean square norm; for patches, the mean and the spread over all pixels.
+    mean square norm; for patches, the mean and the spread over all pixels. Neural
+    tangent kernels may have images of norm one instead.
     """
     mean, scale = pixel_scale(images)
     key = jax.random.key(seed)
+    unit = name in ("ntk", "landmarks") and config.pixels == "unit"
     if name == "ntk":
         width = min(config.width, num_features)
         features = relu_network(config.depth).features(num_features, width=width)
         params = features.init(key, mean.shape)
     elif name == "landmarks":
         features = infinite.LandmarkFeatures(net=relu_network(config.depth))
-        params = features.init(_centres(images, mean, scale, num_features, seed))
+        x = prepared(images.x_train, mean, scale, unit)
+        params = features.init(_centres(x, num_features, seed))
     elif name == "patches":
         x = images.x_train.reshape(len(images.x_train), -1).astype(np.float32)
         mean[:] = mean.mean()
@@ -178,22 +190,19 @@ def make_map(
         last = ArcCosine(num_features=num_features)
         features = Chain((last, last)) if name == "relu_relu" else last
         params = features.init(key, len(mean))
-    phi = OfPixels(features).phi
+    phi = OfPixels(features, unit).phi
     frozen = sum(leaf.size for leaf in jax.tree.leaves(params))
     return functools.partial(phi, params, jnp.asarray(mean), jnp.asarray(scale)), frozen
 
 
-def _centres(
-    images: Images, mean: np.ndarray, scale: np.ndarray, size: int, seed: int
-) -> Array:
-    """Centres of k-means among the centred training images, near to converged."""
+def _centres(x: Array, size: int, seed: int) -> Array:
+    """Centres of k-means, near to converged."""
     from sklearn.cluster import KMeans
 
-    x = images.x_train.reshape(len(images.x_train), -1).astype(np.float32)
-    x = (x - mean) * scale
-    start: Any = x[np.random.default_rng(seed).choice(len(x), size, replace=False)]
-    means = KMeans(size, init=start, max_iter=6)
-    return jnp.asarray(means.fit(x).cluster_centers_)
+    rows = np.asarray(x)
+    start: Any = rows[np.random.default_rng(seed).choice(len(x), size, replace=False)]
+    means = KMeans(size, init=start, max_iter=6).fit(rows)
+    return jnp.asarray(means.cluster_centers_)
 
 
 @dataclasses.dataclass(frozen=True)

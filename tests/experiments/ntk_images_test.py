@@ -23,6 +23,16 @@ def test_the_exact_kernel_classifies_digits(digits):
     assert row["kernel_s"] <= row["seconds"]
 
 
+def test_images_of_norm_one_and_centred_ones(digits):
+    mean, scale = ridge_images.pixel_scale(digits)
+    x = np.concatenate([digits.x_train[:5], np.zeros((1, 8, 8), np.uint8)])
+    unit = ridge_images.prepared(x, mean, scale, unit=True)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), [1] * 5 + [0], rtol=1e-6)
+    centred = ridge_images.prepared(digits.x_train, mean, scale)
+    np.testing.assert_allclose(np.mean(centred, axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(np.mean(np.sum(centred**2, axis=1)), 1, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_features_come_near_the_exact_kernel(digits):
     """Of as many images: those of both fit the same 400."""
@@ -57,6 +67,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path):
     ("key", "value", "words"),
     [
         ("data.name", "svhn", "config.data.name must be mnist or digits"),
+        ("pixels", "raw", "config.pixels must be unit or centred. Got 'raw'"),
         ("depth", 0, "config.depth must be positive. Got 0"),
         ("num_features", (8,), "config.num_features must be at least 64"),
         ("landmarks", (63,), "config.landmarks must be at least 64"),
