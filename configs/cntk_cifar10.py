@@ -11,9 +11,10 @@ regression against images and features. Images are standardised one by one and w
     python -m experiments.main --config=configs/cntk_cifar10.py \
         --config.data.dir=FOLDER_OF_THE_NPZ
 
-is sized for 2 CPU cores, an hour or two by estimate. Measured on 12 images with 2048
-features of Myrtle-5: errors of 0.7 % to 3.1 % over 3 seeds, and features of 1000 images
-in 1/800 of the extrapolated time of their exact kernel.
+takes 18 minutes of one CPU core. Expected with 2048 features: an error of 1.6 % of the
+kernel, and 1000 images in 1/480 of the extrapolated time of their exact kernel, for
+Myrtle-5; 1.7 % and 1/430 for Myrtle-7; with 1024 features and 2000 images accuracies
+of 46.6 % and 47.6 %.
 
 The whole of CIFAR-10 on one GPU, 8192 features of Myrtle-5 in one pass over 60000
 images and one solution:
@@ -53,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
             # Images at a time inside of the features; 0: by memory.
             "batch_size": 0,
             "accuracy": {
-                "num_features": (1024, 2048),
+                "num_features": (1024,),
                 # Training images, of those that are not held out; 0: all.
                 "images": (500, 1000, 2000),
                 "held_out": 1000,
