@@ -9,7 +9,9 @@ numbers, beside the dense model that is trained alike:
     python -m experiments.main --config=configs/vit_uptrain.py \
         --config.data.dir=FOLDER_OF_CIFAR10_JPEG
 
-Not run yet but for ``:quicktest``: the settings are first guesses.
+The settings are first guesses, and the 1000 steps have not been run. Expected after 200
+of 64 images: dense 55 %, units-32 53 %, random units 46 %, Psi(W) 30 %; see
+``docs/results.md``.
 
 Arguments behind a colon:
 
