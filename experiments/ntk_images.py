@@ -19,8 +19,9 @@ from experiments.report import markdown
 from experiments.ridge_images import Images
 from experiments.tabular import Split
 
-# Methods of maps, and the maps' names.
+# Methods of maps, with the maps' names, and their titles in the report.
 MAPS = {"features": "ntk", "landmarks": "landmarks"}
+TITLES = {"features": "random features", "landmarks": "landmarks"}
 
 
 def measure_features(
@@ -159,10 +160,10 @@ def report(
     curves: dict[str, list[tuple[float, float]]] = {}
     for (method, m), mine in groups.items():
         accuracy = 100 * float(np.mean([row["accuracy"] for row in mine]))
-        curves.setdefault(method, []).append((m, accuracy))
+        curves.setdefault(TITLES[method], []).append((m, accuracy))
         cells = [f"{mine[0]['rows']:,}", f"{m:,}", f"{accuracy:.2f}"]
         seconds = np.mean([row["seconds"] for row in mine])
-        lines.append([method, *cells, f"{seconds:.0f}"])
+        lines.append([TITLES[method], *cells, f"{seconds:.0f}"])
     panels = {"features, all training images": curves} if curves else {}
     if exact:
         points = [(row["rows"], 100 * row["accuracy"]) for row in exact]
