@@ -12,9 +12,9 @@ Features", arXiv 2106.07880, have the figure); beside them the exact kernel of u
 
 Expected: 93.7 % with 1024 random features, 97.0 % with 8192; 96.8 % with 1024
 landmarks, 98.0 % with 4096, 98.3 % with 8192, the widest in four and six minutes of one
-CPU core; the exact kernel of 5000 images 96.6 %. ``:large`` adds 16384 of both, of which
-the landmarks have 98.6 % after 20 minutes in 11 GB.
-``:quicktest``: seconds, on scikit-learn's digits, no files needed.
+CPU core; the exact kernel of 5000 images 96.6 %. ``:large`` adds 16384 of both, of
+which the landmarks have 98.6 % after 20 minutes in 11 GB. ``:quicktest``: seconds,
+on scikit-learn's digits, no files needed.
 """
 
 from ml_collections import ConfigDict
