@@ -109,10 +109,7 @@ class Features:
     precision: Precision | None = None
 
     def __post_init__(self):
-        if not isinstance(self.net, _layers.Layer):
-            raise ValueError(f"net must be a layer of infinite. Got {self.net!r}.")
-        if self.kind not in ("ntk", "nngp"):
-            raise ValueError(f"kind must be 'ntk' or 'nngp'. Got {self.kind!r}.")
+        _layers.check_map(self.net, self.kind)
         if self.method not in ("auto", *METHODS):
             raise ValueError(
                 f"method must be one of auto, {', '.join(METHODS)}. "

@@ -76,10 +76,7 @@ class LandmarkFeatures:
     batch_size: int | None = None
 
     def __post_init__(self):
-        if not isinstance(self.net, _layers.Layer):
-            raise ValueError(f"net must be a layer of infinite. Got {self.net!r}.")
-        if self.kind not in ("ntk", "nngp"):
-            raise ValueError(f"kind must be 'ntk' or 'nngp'. Got {self.kind!r}.")
+        _layers.check_map(self.net, self.kind)
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1. Got {self.batch_size}.")
 

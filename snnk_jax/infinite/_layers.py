@@ -332,6 +332,14 @@ class _Flow(NamedTuple):
     fresh: tuple[bool, ...] = ()
 
 
+def check_map(net: Any, kind: Any) -> None:
+    """Raises ValueError unless a feature map can be of this network and kernel."""
+    if not isinstance(net, Layer):
+        raise ValueError(f"net must be a layer of infinite. Got {net!r}.")
+    if kind not in GET:
+        raise ValueError(f"kind must be 'ntk' or 'nngp'. Got {kind!r}.")
+
+
 def check_network(layer: Layer) -> None:
     """Raises ValueError unless the kernel of a network has the formulas of its layers.
 
