@@ -63,6 +63,8 @@ def base() -> ConfigDict:
             },
             "adapter": {
                 "num_features": 16,
+                # With a trained projection: as many parameters as 16 without.
+                "trained_features": 8,
                 # The SNNK adapter whose readout is a product of two matrices.
                 "factored_features": 128,
                 "factored_rank": 8,
@@ -173,6 +175,7 @@ _POSITIVE = (
     "model.num_heads",
     "model.mlp_dim",
     "adapter.num_features",
+    "adapter.trained_features",
     "adapter.factored_features",
     "adapter.factored_rank",
     "adapter.wide_features",

@@ -160,6 +160,13 @@ def _snnk(
     return rules
 
 
+def _trained_features(config: ConfigDict) -> snnk.features.FeatureMap:
+    return snnk.features.ArcCosine(
+        num_features=config.adapter.trained_features,
+        projection=config.adapter.projection,
+    )
+
+
 def _factored_features(config: ConfigDict) -> snnk.features.FeatureMap:
     return snnk.features.ArcCosine(
         num_features=config.adapter.factored_features,
@@ -301,7 +308,7 @@ METHODS: dict[str, Method] = {
     ),
     "snnk_trained": Method(
         "SNNK adapter, ReLU, trained projection",
-        _snnk(_relu_features, train_projection=True),
+        _snnk(_trained_features, train_projection=True),
         _ADAPTER,
     ),
     "full": Method("Full fine-tuning", _no_rules, nnx.Param, trained=".*"),
