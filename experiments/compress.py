@@ -5,14 +5,17 @@ import functools
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 import snnk_jax as snnk
 from experiments import compress_data, plots
 from experiments.jobs import Job, run_study
+from experiments.latency import compiled, time_in_turns
 from experiments.report import markdown
 from snnk_jax.compression import (
     Affine,
@@ -93,7 +96,7 @@ def check(config: Any) -> None:
     for name in ("batch_size", "length", "held_out"):
         if config[name] < 1:
             raise ValueError(f"config.{name} must be positive. Got {config[name]}.")
-    for name in ("calibration", "probe"):
+    for name in ("calibration", "probe", "rounds"):
         if config[name] < 0:
             raise ValueError(f"config.{name} must not be negative. Got {config[name]}.")
 
@@ -105,7 +108,7 @@ def jobs(config: Any, case: compress_data.Case) -> list[Job]:
         blocks = case.blocks(last)
         for key in config.methods:
             if key == LAYERS:
-                drop = functools.partial(_drop_layers, case, last)
+                drop = functools.partial(_drop_layers, case, config, last)
                 todo.append((f"{key} | {last}", drop))
                 continue
             choice = METHODS[key]
@@ -170,10 +173,11 @@ def _measure(
         "seconds": seconds,
         **case.score(model),
         **_bytes(model, case.model, report),
+        **_latency(case, config.rounds, model),
     }
 
 
-def _drop_layers(case: compress_data.Case, last: int) -> dict[str, Any]:
+def _drop_layers(case: compress_data.Case, config: Any, last: int) -> dict[str, Any]:
     model = nnx.clone(case.model)
     depth = len(model.blocks)
     kept = [i for i in range(depth) if i < depth - last or (i - depth + last) % 2 == 0]
@@ -187,6 +191,7 @@ def _drop_layers(case: compress_data.Case, last: int) -> dict[str, Any]:
         "flop_share": share,
         "parameters": snnk.compression.num_parameters(model),
         **case.score(model),
+        **_latency(case, config.rounds, model),
     }
 
 
@@ -196,6 +201,17 @@ def _bytes(model: Any, dense: Any, report: CompressionReport) -> dict[str, Any]:
         file = pathlib.Path(folder) / "model.safetensors"
         size = snnk.compression.save(file, model, dense)
     return {"bytes": size, "parameters": report.parameters}
+
+
+def _latency(case: compress_data.Case, rounds: int, model: Any) -> dict[str, Any]:
+    """Medians of the widest calibration batch, beside the dense model in turns."""
+    if not rounds:
+        return {}
+    batch = max(case.batches, key=lambda batch: jax.tree.leaves(batch)[0].size)
+    models = {"dense_ms": case.model, "ms": model}
+    calls = {k: compiled(m, batch, apply=case.apply)[0] for k, m in models.items()}
+    times = time_in_turns(calls, rounds)
+    return {name: float(np.median(times[name])) for name in times}
 
 
 def run(
@@ -232,13 +248,24 @@ def report(
     parts = [
         f"Calibrated on {case.calibrated}. Stored parameters and FLOPs are those of "
         "the replaced feed-forward blocks, as shares of the dense ones. R² is that of "
-        "the worst block, for its plain outputs and in the metric.",
+        "the worst block, for its plain outputs and in the metric. The time is that of "
+        "the whole model on a batch, as a share of the dense model's, timed in turns.",
         _table(rows, case.metrics),
     ]
-    panels = _panels(rows, case.metrics[-1])
-    if any(panels.values()):
-        plots.budget_curves(workdir / "score.png", panels, "score, %")
+    metric = case.metrics[-1]
+    panels = _panels(rows, metric, _stored)
+    if panels:
+        label = f"{metric}, %"
+        plots.share_curves(
+            workdir / "score.png", panels, "stored parameters, % of dense", label
+        )
         parts.append("![score against stored parameters](score.png)")
+        timed = _panels(rows, metric, _time)
+        if timed:
+            plots.share_curves(
+                workdir / "latency.png", timed, "time of a batch, % of dense", label
+            )
+            parts.append("![score against the time of a batch](latency.png)")
         _plot_blocks(workdir / "blocks.png", rows)
         parts.append("![R² of the blocks](blocks.png)")
     return parts
@@ -246,11 +273,11 @@ def report(
 
 def _table(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> str:
     head = ["method", "blocks", "stored", "FLOPs", "sizes", "R²", "R², metric"]
-    lines = [[*head, *metrics, "file, MB"]]
+    lines = [[*head, *metrics, "file, MB", "time"]]
     for row in rows:
         scores = [f"{row[name]:.4f}" if name in row else "" for name in metrics]
         if "last" not in row:
-            lines.append([row["title"], "", "1", "1", "", "", "", *scores, ""])
+            lines.append([row["title"], "", "1", "1", "", "", "", *scores, "", ""])
             continue
         sizes = row.get("sizes", [])
         same = len(set(sizes)) == 1
@@ -261,19 +288,32 @@ def _table(rows: list[dict[str, Any]], metrics: tuple[str, ...]) -> str:
                 *(row["title"], f"last {row['last']}", f"{row['share']:.4f}"),
                 *(f"{row['flop_share']:.4f}", text, *worst, *scores),
                 f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else "",
+                f"{row['ms'] / row['dense_ms']:.2f}" if "ms" in row else "",
             ]
         )
     return markdown(lines, left=2)
 
 
-def _panels(rows: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
-    """Score against stored parameters of each method, a panel for each depth."""
+def _stored(row: dict[str, Any]) -> float | None:
+    return 100 * row["share"]
+
+
+def _time(row: dict[str, Any]) -> float | None:
+    return 100 * row["ms"] / row["dense_ms"] if "ms" in row else None
+
+
+def _panels(
+    rows: list[dict[str, Any]],
+    metric: str,
+    cost: Callable[[dict[str, Any]], float | None],
+) -> dict[str, dict[str, Any]]:
+    """Score against a cost in per cent of each method, a panel for each depth."""
     panels: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if "last" in row and np.isfinite(row[metric]):
+        spent = cost(row) if "last" in row and np.isfinite(row[metric]) else None
+        if spent is not None:
             curves = panels.setdefault(f"last {row['last']} blocks", {})
-            point = (100 * row["share"], 100 * row[metric])
-            curves.setdefault(row["title"], []).append(point)
+            curves.setdefault(row["title"], []).append((spent, 100 * row[metric]))
     return {
         name: {title: sorted(points) for title, points in curves.items()}
         for name, curves in panels.items()

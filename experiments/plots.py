@@ -143,10 +143,13 @@ def accuracy_curves(
     _save(figure, path)
 
 
-def budget_curves(
-    path: str | pathlib.Path, panels: Mapping[str, Mapping[str, Curve]], ylabel: str
+def share_curves(
+    path: str | pathlib.Path,
+    panels: Mapping[str, Mapping[str, Curve]],
+    xlabel: str,
+    ylabel: str,
 ) -> None:
-    """Draws percentages against per cent of what is stored, a line a method.
+    """Draws percentages against per cent of a dense model's cost, a line a method.
 
     The axis ends below the methods of several sizes; of others below it the legend has
     the figure.
@@ -165,10 +168,11 @@ def budget_curves(
             style = "o-" if index < 10 else "s--"
             line = {"color": f"C{index % 10}", "markersize": 4}
             axis.plot(*zip(*points, strict=True), style, label=label, **line)
-        axis.set(xscale="log", xlabel="stored parameters, % of dense", ylabel=ylabel)
+        axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
         axis.set(title=title, ylim=(bottom, None))
         shares = [x for points in lines.values() for x, _ in points]
-        ticks = [x for x in (0.1, 0.3, 1, 3, 6, 12, 25, 50, 100) if x > min(shares)]
+        marks = (0.1, 0.3, 1, 3, 6, 12, 25, 35, 50, 70, 100)
+        ticks = [x for x in marks if min(shares) < x < 1.1 * max(shares)]
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
         axis.minorticks_off()
         axis.grid(alpha=0.3)

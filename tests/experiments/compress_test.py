@@ -25,7 +25,9 @@ def test_quicktest_and_a_second_run_that_measures_nothing(quick, tmp_path, capsy
     assert rows[0]["agreement"] > 1 - 1e-9
     text = (tmp_path / "report.md").read_text()
     assert all(METHODS[method].title in text for method in quick.methods)
-    assert {"score.png", "blocks.png"} <= {f.name for f in tmp_path.iterdir()}
+    plots = {"score.png", "latency.png", "blocks.png"}
+    assert plots <= {f.name for f in tmp_path.iterdir()}
+    assert all(min(row["ms"], row["dense_ms"]) > 0 for row in rows[1:])
     before = (tmp_path / "rows.jsonl").read_text()
     capsys.readouterr()
     assert compress.run(quick, tmp_path) == json.loads(json.dumps(rows))
@@ -54,7 +56,7 @@ def test_every_second_layer_is_left_out(quick):
     case = compress_data.load(quick)
     # Of the last two of three it is the one that was not there at first.
     case.model.blocks.append(Bert(case.model.config, rngs=nnx.Rngs(5)).blocks[0])
-    row = compress._drop_layers(case, 2)
+    row = compress._drop_layers(case, quick, 2)
     assert row["share"] == 0.5
     assert row["agreement"] > 1 - 1e-9 > case.score(case.model)["agreement"]
     assert len(case.model.blocks) == 3
