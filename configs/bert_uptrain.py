@@ -20,7 +20,7 @@ Arguments behind a colon:
 
 * ``:starts``  the ablation: own units, random units, the paper's Psi(W) and random
   features, the same steps for all.
-* ``:blocks``  the last 1, 3 and all 6 blocks.
+* ``:blocks``  the last 1, 2, 3, 4, 5 and all 6 blocks.
 * ``:sizes``  12 to 384 units.
 * ``:hidden``  the last hidden states are followed as well.
 * ``:stsb``, ``:mrpc``, ``:rte``, ``:cola``, ``:sst2``  the labels of a task instead of
@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.methods = ("units-96", "units_random-96", "psi-16", "psi-8")
         config.methods += ("psi_random-16", "psi_random-8")
     elif arg == "blocks":
-        config.uptrain.top = (1, 3, 0)
+        config.uptrain.top = (1, 2, 3, 4, 5, 0)
     elif arg == "sizes":
         config.methods = tuple(f"units-{m}" for m in (12, 24, 48, 96, 192, 384))
     elif arg == "hidden":

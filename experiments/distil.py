@@ -200,8 +200,9 @@ def teach(
     if record.is_file():
         found = json.loads(record.read_text())
         if found["key"] != key:
+            kept = "embeddings and hidden states" if hidden else "embeddings alone"
             raise ValueError(
-                "the folder of a teacher must hold what it said of these examples; "
+                f"the folder of a teacher must hold its {kept} of these examples; "
                 f"remove it or choose another. Got {folder}."
             )
         done = found["done"]
