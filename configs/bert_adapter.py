@@ -71,6 +71,7 @@ _RATES = {
     "snnk_parallel": 1e-2,
     "snnk_block": 1e-2,
     "snnk_trained": 3e-3,
+    "snnk_trained_small": 3e-3,
     "snnk_standard": 1e-2,
     "snnk_wide": 3e-3,
     "snnk_small": 3e-3,

@@ -95,5 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
         config.slice_size = 64
     elif arg:
-        raise ValueError(f"the config argument must be full, gpu or quicktest. Got {arg!r}.")
+        raise ValueError(
+            f"the config argument must be full, gpu or quicktest. Got {arg!r}."
+        )
     return config

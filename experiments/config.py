@@ -65,6 +65,8 @@ def base() -> ConfigDict:
                 "num_features": 16,
                 # With a trained projection: as many parameters as 16 without.
                 "trained_features": 8,
+                # And about as many as BitFit.
+                "small_trained_features": 2,
                 # The SNNK adapter whose readout is a product of two matrices.
                 "factored_features": 128,
                 "factored_rank": 8,
@@ -176,6 +178,7 @@ _POSITIVE = (
     "model.mlp_dim",
     "adapter.num_features",
     "adapter.trained_features",
+    "adapter.small_trained_features",
     "adapter.factored_features",
     "adapter.factored_rank",
     "adapter.wide_features",

@@ -160,29 +160,19 @@ def _snnk(
     return rules
 
 
-def _trained_features(config: ConfigDict) -> snnk.features.FeatureMap:
-    return snnk.features.ArcCosine(
-        num_features=config.adapter.trained_features,
-        projection=config.adapter.projection,
-    )
+def _relu(field: str) -> Callable[[ConfigDict], snnk.features.FeatureMap]:
+    """As many ReLU features as ``config.adapter.FIELD`` says."""
 
+    def features(config: ConfigDict) -> snnk.features.FeatureMap:
+        return snnk.features.ArcCosine(
+            num_features=config.adapter[field], projection=config.adapter.projection
+        )
 
-def _factored_features(config: ConfigDict) -> snnk.features.FeatureMap:
-    return snnk.features.ArcCosine(
-        num_features=config.adapter.factored_features,
-        projection=config.adapter.projection,
-    )
+    return features
 
 
 def _factored_rank(config: ConfigDict) -> int:
     return config.adapter.factored_rank
-
-
-def _wide_features(config: ConfigDict) -> snnk.features.FeatureMap:
-    return snnk.features.ArcCosine(
-        num_features=config.adapter.wide_features,
-        projection=config.adapter.projection,
-    )
 
 
 def _small_rank(config: ConfigDict) -> int:
@@ -264,7 +254,7 @@ METHODS: dict[str, Method] = {
     "snnk_cos": Method("SNNK adapter, cosine", _snnk(_cos_features), _ADAPTER),
     "snnk_factored": Method(
         "SNNK adapter, ReLU, factored",
-        _snnk(_factored_features, _factored_rank),
+        _snnk(_relu("factored_features"), _factored_rank),
         _ADAPTER,
     ),
     "snnk_standard": Method(
@@ -275,13 +265,13 @@ METHODS: dict[str, Method] = {
     ),
     "snnk_wide": Method(
         "SNNK adapter, ReLU, standardised, wide and factored",
-        _snnk(_wide_features, _factored_rank, standardize=True),
+        _snnk(_relu("wide_features"), _factored_rank, standardize=True),
         _ADAPTER,
         standardize=True,
     ),
     "snnk_small": Method(
         "SNNK adapter, ReLU, standardised, factored, small",
-        _snnk(_factored_features, _small_rank, standardize=True),
+        _snnk(_relu("factored_features"), _small_rank, standardize=True),
         _ADAPTER,
         standardize=True,
     ),
@@ -308,7 +298,12 @@ METHODS: dict[str, Method] = {
     ),
     "snnk_trained": Method(
         "SNNK adapter, ReLU, trained projection",
-        _snnk(_trained_features, train_projection=True),
+        _snnk(_relu("trained_features"), train_projection=True),
+        _ADAPTER,
+    ),
+    "snnk_trained_small": Method(
+        "SNNK adapter, ReLU, trained projection, small",
+        _snnk(_relu("small_trained_features"), train_projection=True),
         _ADAPTER,
     ),
     "full": Method("Full fine-tuning", _no_rules, nnx.Param, trained=".*"),

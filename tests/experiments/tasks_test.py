@@ -48,6 +48,7 @@ TRAINED = {
     "snnk_wide": 2 * DEPTH * 8 * (512 + DIM),
     "snnk_small": 2 * DEPTH * 4 * (128 + DIM),
     "snnk_trained": 2 * DEPTH * (8 + 1 + 8) * DIM,
+    "snnk_trained_small": 2 * DEPTH * (2 + 1 + 2) * DIM,
     "adaptformer": DEPTH * bottleneck(48),
     "dora": 2 * DEPTH * (2 * DIM * 8 + DIM),
     "vera": 2 * DEPTH * (256 + DIM),
