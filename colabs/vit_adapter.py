@@ -47,7 +47,7 @@ import snnk_jax as snnk
 ROOT = pathlib.Path(snnk.__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from experiments import data
-from experiments.train import normalise
+from experiments.augment import normalise
 from snnk_jax.models.vit_params import load_vit
 
 jax.devices()

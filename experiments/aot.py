@@ -25,8 +25,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
+from experiments import learning, tasks
 from experiments import sharding as sharding_lib
-from experiments import tasks, train
 from experiments.config import check, methods_of
 from experiments.data import NUM_CLASSES
 from experiments.metrics import write_json
@@ -134,20 +134,20 @@ def compile_method(config: Any, method: str, num_classes: int, mesh: Mesh) -> Re
     model = nnx.eval_shape(build)
     # Learning rate and seed do not change the program: any will do.
     recipe = recipe_for(config, learning_rate=1e-3, seed=0, eval_split="val")
-    optimizer = train.make_optimizer(recipe)
-    graphdef, params, projections, frozen = train.split_model(
+    optimizer = learning.make_optimizer(recipe)
+    graphdef, params, projections, frozen = learning.split_model(
         model, tasks.METHODS[method].trainable
     )
-    state = jax.eval_shape(train.make_init(optimizer, recipe), params)
+    state = jax.eval_shape(learning.make_init(optimizer, recipe), params)
     size = config.model.image_size
     batch = {
         "image": jax.ShapeDtypeStruct((recipe.batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32),
     }
-    shardings = train.step_shardings(
+    shardings = learning.step_shardings(
         state, projections, frozen, config.mesh.rules, mesh
     )
-    step = train.jit_train_step(graphdef, optimizer, recipe, shardings)
+    step = learning.jit_train_step(graphdef, optimizer, recipe, shardings)
     began = time.monotonic()
     try:
         compiled = step.lower(state, projections, frozen, batch).compile()

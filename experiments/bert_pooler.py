@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 
 import snnk_jax as snnk
 from experiments import data as data_lib
-from experiments import glue, plots, scores, tasks, train
+from experiments import glue, learning, plots, scores, tasks, train
 from experiments.jobs import Job, run_jobs
 from experiments.pooler_heads import METHODS, Head, States, dense_head, merged_map
 from experiments.report import document, markdown
@@ -202,7 +202,7 @@ def encode(encoder: Any, batch: data_lib.Batch, size: int = 64) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fit(
     graphdef: Any,
-    recipe: train.Recipe,
+    recipe: learning.Recipe,
     params: Any,
     rest: Any,
     rate: Any,
@@ -210,11 +210,11 @@ def _fit(
     y: Any,
 ) -> tuple[Any, jax.Array]:
     """Trains on batches ``[steps, batch, d]``; returns parameters and losses."""
-    optimizer = train.make_optimizer(recipe)
+    optimizer = learning.make_optimizer(recipe)
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         outputs = nnx.merge(graphdef, params, rest)(x)
-        return jnp.mean(train.example_losses(outputs, y))
+        return jnp.mean(learning.example_losses(outputs, y))
 
     def step(carry: Any, batch: Any) -> Any:
         params, memory = carry
@@ -280,7 +280,7 @@ def _build(
 
 def _train(model: Any, states: States, config: Any, rate: float, seed: int) -> _Trained:
     optim = config.optim
-    recipe = train.Recipe(
+    recipe = learning.Recipe(
         learning_rate=1.0,  # `rate` is an argument, so that all compile once
         seed=0,
         steps=optim.steps,

@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from experiments import data as data_lib
+from experiments import learning, train
 from experiments import sharding as sharding_lib
-from experiments import train
 from experiments.metrics import Progress
 from experiments.scores import scores
 
@@ -46,7 +46,7 @@ def fit(
     models: Sequence[nnx.Module],
     trainable: Any,
     dataset: data_lib.Dataset,
-    recipes: Sequence[train.Recipe],
+    recipes: Sequence[learning.Recipe],
     *,
     mesh: jax.sharding.Mesh,
     name: str = "train",
@@ -79,8 +79,8 @@ def fit(
             "batch_size must be divisible by the mesh axis 'data'. "
             f"Got {recipe.batch_size} and {mesh.shape['data']}."
         )
-    optimizer = train.make_optimizer(recipe)
-    split = [train.split_model(model, trainable) for model in models]
+    optimizer = learning.make_optimizer(recipe)
+    split = [learning.split_model(model, trainable) for model in models]
     graphdef, frozen = split[0][0], split[0][3]
     if not all(_equal(frozen, other[3]) for other in split[1:]):
         raise ValueError("models must have the same frozen arrays. Got others.")
@@ -88,13 +88,13 @@ def fit(
     projections = jax.device_put(_stack([parts[2] for parts in split]), replicated)
     frozen = jax.device_put(frozen, replicated)
     states = [
-        train.make_init(optimizer, r)(parts[1])
+        learning.make_init(optimizer, r)(parts[1])
         for r, parts in zip(recipes, split, strict=True)
     ]
     states = jax.device_put(_stack(states), replicated)
 
     step = jax.vmap(
-        train.make_train_step(graphdef, optimizer, recipe), in_axes=(0, 0, None, 0)
+        learning.make_train_step(graphdef, optimizer, recipe), in_axes=(0, 0, None, 0)
     )
 
     def stretch(states, projections, frozen, batches):
@@ -129,7 +129,7 @@ def fit(
         if compiled is None:
             program = jax.jit(stretch, donate_argnums=0)
             compiled = program.lower(states, projections, frozen, batches).compile()
-            memory = train.peak_bytes(compiled)
+            memory = learning.peak_bytes(compiled)
             clock = time.monotonic()
         states, metrics = compiled(states, projections, frozen, batches)
         parts.append(jax.device_get(metrics))
@@ -201,7 +201,9 @@ def _evaluate(
     mesh: jax.sharding.Mesh,
 ) -> dict[str, np.ndarray]:
     """Outputs and losses ``[R, n, ...]`` and labels ``[n]`` of a whole split."""
-    step = jax.jit(jax.vmap(train.make_eval_step(graphdef), in_axes=(0, 0, None, None)))
+    step = jax.jit(
+        jax.vmap(learning.make_eval_step(graphdef), in_axes=(0, 0, None, None))
+    )
     parts = []
     for batch in data_lib.eval_batches(split, batch_size):
         placed = sharding_lib.place(batch, sharding_lib.batch_sharding(mesh))
@@ -219,7 +221,7 @@ def _evaluate(
 
 
 def _history(
-    logged: dict[str, np.ndarray], recipe: train.Recipe, evaluation: dict[str, float]
+    logged: dict[str, np.ndarray], recipe: learning.Recipe, evaluation: dict[str, float]
 ) -> list[dict[str, float]]:
     rows: list[dict[str, float]] = []
     for step in range(1, recipe.steps + 1):

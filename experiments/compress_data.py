@@ -14,8 +14,8 @@ from scipy import stats
 import snnk_jax as snnk
 from experiments import data as data_lib
 from experiments import glue, sentences
+from experiments.augment import normalise
 from experiments.tasks import weights_path
-from experiments.train import normalise
 from snnk_jax.compression import Block, find_blocks
 from snnk_jax.models.bert import Bert, BertConfig
 from snnk_jax.models.bert_tokens import BertTokenizer

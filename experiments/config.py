@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.train import AUGMENTATIONS
+from experiments.augment import AUGMENTATIONS
 from snnk_jax.projections import gaussian_names
 
 

@@ -19,8 +19,8 @@ from scipy import stats
 
 import snnk_jax as snnk
 from experiments.data import Batch, Split
+from experiments.learning import Objective, model_inputs
 from experiments.metrics import write_json
-from experiments.train import Objective, model_inputs
 from snnk_jax._files import hash_array
 
 # Batches between two marks of how far a cache is filled.

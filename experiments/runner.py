@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import snnk_jax as snnk
-from experiments import cohort, glue, report, summary, tasks, train
+from experiments import cohort, glue, learning, report, summary, tasks, train
 from experiments import data as data_lib
 from experiments import sharding as sharding_lib
 from experiments.config import check_training as check
@@ -53,9 +53,9 @@ Trained = tuple[Any, dict[str, Any]] | train.NonFiniteError
 
 def recipe_for(
     config: ConfigDict, learning_rate: float, seed: int, eval_split: str
-) -> train.Recipe:
+) -> learning.Recipe:
     """The training recipe of one run of a config."""
-    return train.Recipe(
+    return learning.Recipe(
         learning_rate=learning_rate,
         steps=config.optim.steps,
         batch_size=config.optim.batch_size,
@@ -301,7 +301,7 @@ def _adapt(
     # The same examples for all seeds: statistics are no part of a run's randomness.
     batch = data_lib.TrainLoader(dataset.train, size, 0).batch(0)
     return snnk.nn.standardize(
-        model, *train.model_inputs(batch), where=batch.get("mask")
+        model, *learning.model_inputs(batch), where=batch.get("mask")
     )
 
 
@@ -309,7 +309,7 @@ def _announce(
     name: str,
     task: Any,
     model: Any,
-    recipe: train.Recipe,
+    recipe: learning.Recipe,
     dataset: data_lib.Dataset,
 ) -> None:
     print(f"\n{name}: {task.title}")

@@ -18,7 +18,17 @@ import numpy as np
 from flax import nnx
 
 import snnk_jax as snnk
-from experiments import distil, plots, runner, sentences, starts, summary, tasks, train
+from experiments import (
+    distil,
+    learning,
+    plots,
+    runner,
+    sentences,
+    starts,
+    summary,
+    tasks,
+    train,
+)
 from experiments import sharding as sharding_lib
 from experiments.config import check_base, methods_of
 from experiments.data import Batch, Dataset, Subset, TrainLoader, eval_batches
@@ -115,7 +125,7 @@ class _Study:
     workdir: pathlib.Path
     base: Any
     dataset: Dataset
-    objective: train.Objective
+    objective: learning.Objective
     loader: Any
     mesh: jax.sharding.Mesh
 
@@ -126,7 +136,7 @@ class _Study:
         if config.uptrain.objective == "task":
             dataset = runner.load_data(config)
             base = tasks.build_model(config, dataset.num_classes, seed)
-            parts = (base, dataset, train.TASK, TrainLoader)
+            parts = (base, dataset, learning.TASK, TrainLoader)
             return cls(config, workdir, *parts, mesh)
         base = tasks.build_model(config, 1, seed)
         cache = pathlib.Path(config.uptrain.cache or workdir / "teacher")
@@ -274,7 +284,7 @@ def embeddings(model: Any, split: Any, batch_size: int) -> np.ndarray:
     order = np.argsort(lengths, kind="stable")
     found = []
     for batch in eval_batches(Subset(split, order), batch_size):
-        inputs = {k: v for k, v in batch.items() if k in train.INPUTS}
+        inputs = {k: v for k, v in batch.items() if k in learning.INPUTS}
         real = batch["weight"] > 0
         found.append(np.asarray(_embed(graphdef, state, inputs))[real])
     return np.concatenate(found)[np.argsort(order)]

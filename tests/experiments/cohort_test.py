@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import cohort, glue, load_config, runner, tasks, train
+from experiments import cohort, glue, learning, load_config, runner, tasks, train
 from experiments.metrics import read_jsonl
 
-RECIPE = train.Recipe(
+RECIPE = learning.Recipe(
     learning_rate=1e-2, steps=6, batch_size=16, seed=0, log_every=2, warmup_steps=1
 )
 

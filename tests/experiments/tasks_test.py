@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from experiments import load_config, summary, tasks
-from experiments.train import normalise
+from experiments.augment import normalise
 from snnk_jax.testing import call
 from tests.tiers import slow_but
 

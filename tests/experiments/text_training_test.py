@@ -8,10 +8,10 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import glue, train
+from experiments import glue, learning, train
 from snnk_jax.models.bert import Bert, BertConfig
 
-RECIPE = train.Recipe(learning_rate=3e-3, steps=150, batch_size=32, seed=0)
+RECIPE = learning.Recipe(learning_rate=3e-3, steps=150, batch_size=32, seed=0)
 
 
 def make_bert(num_outputs=2):
@@ -34,23 +34,23 @@ def make_data():
 
 def test_a_model_is_called_with_what_the_batch_holds():
     batch = make_data().train.__getitems__(np.arange(3))
-    tokens, token_types, mask = train.model_inputs(batch)
+    tokens, token_types, mask = learning.model_inputs(batch)
     np.testing.assert_array_equal(tokens, batch["tokens"])
     np.testing.assert_array_equal(token_types, batch["token_types"])
     np.testing.assert_array_equal(mask, batch["mask"])
     image = np.full((2, 4, 4, 3), 255, np.uint8)
-    (images,) = train.model_inputs({"image": jnp.asarray(image)})
+    (images,) = learning.model_inputs({"image": jnp.asarray(image)})
     np.testing.assert_array_equal(images, np.ones((2, 4, 4, 3)))
 
 
 def test_the_dtype_of_the_labels_chooses_the_loss():
     outputs = jnp.array([[0.5, 2.0], [1.0, -1.0]])
-    classes = train.example_losses(outputs, jnp.array([1, 0]))
+    classes = learning.example_losses(outputs, jnp.array([1, 0]))
     expected = optax.softmax_cross_entropy_with_integer_labels(
         outputs, jnp.array([1, 0])
     )
     np.testing.assert_allclose(classes, expected, rtol=1e-6)
-    values = train.example_losses(outputs[:, :1], jnp.array([0.0, 3.0]))
+    values = learning.example_losses(outputs[:, :1], jnp.array([0.0, 3.0]))
     np.testing.assert_allclose(values, [0.125, 2.0])
 
 

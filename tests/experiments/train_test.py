@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from experiments import augment, learning, train
 from experiments import data as data_lib
-from experiments import train
 from experiments.checkpoints import Checkpoints
 from experiments.metrics import read_jsonl
 from experiments.sharding import make_mesh
 from snnk_jax.models.vit import ViT, ViTConfig
 
 REPLICATE = ((".*", "replicate"),)
-RECIPE = train.Recipe(
+RECIPE = learning.Recipe(
     learning_rate=1e-2,
     steps=6,
     batch_size=16,
@@ -117,20 +117,20 @@ def ramps(n=64, size=16):
     return jnp.asarray(np.repeat(image[None], n, 0))
 
 
-@pytest.mark.parametrize("name", train.AUGMENTATIONS)
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
 def test_augmentations_keep_shape_and_follow_the_key(name):
-    augment = train.AUGMENTATIONS[name]
+    vary = augment.AUGMENTATIONS[name]
     images = ramps()
-    got = augment(jax.random.key(0), images)
+    got = vary(jax.random.key(0), images)
     assert (got.shape, got.dtype) == (images.shape, images.dtype)
-    np.testing.assert_array_equal(got, augment(jax.random.key(0), images))
-    np.testing.assert_array_equal(got, jax.jit(augment)(jax.random.key(0), images))
-    other = augment(jax.random.key(1), images)
+    np.testing.assert_array_equal(got, vary(jax.random.key(0), images))
+    np.testing.assert_array_equal(got, jax.jit(vary)(jax.random.key(0), images))
+    other = vary(jax.random.key(1), images)
     assert np.array_equal(got, other) == (name == "none")
 
 
 def test_crop_shifts_each_image_by_at_most_an_eighth():
-    got = np.asarray(train.augment_crop(jax.random.key(0), ramps(400)))
+    got = np.asarray(augment.augment_crop(jax.random.key(0), ramps(400)))
     # An edge-padded ramp, shifted: rows and columns stay whole.
     shifts = got[:, 8, 8, :2].astype(int) - 8
     every = {(down, right) for down in range(-2, 3) for right in range(-2, 3)}
@@ -143,7 +143,7 @@ def test_crop_shifts_each_image_by_at_most_an_eighth():
 
 
 def test_crop_flip_mirrors_about_half_of_the_images():
-    got = np.asarray(train.augment_crop_flip(jax.random.key(0), ramps(400)))
+    got = np.asarray(augment.augment_crop_flip(jax.random.key(0), ramps(400)))
     columns = got[:, 8, :, 1].astype(int)
     mirrored = columns[:, 0] > columns[:, -1]
     assert 150 < mirrored.sum() < 250  # 5 standard deviations about 200
@@ -152,7 +152,7 @@ def test_crop_flip_mirrors_about_half_of_the_images():
 
 
 def test_normalise():
-    got = train.normalise(jnp.asarray([0, 255], jnp.uint8))
+    got = augment.normalise(jnp.asarray([0, 255], jnp.uint8))
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, [-1.0, 1.0])
 
@@ -162,7 +162,7 @@ def test_normalise():
 
 def test_weight_decay_leaves_biases_and_scales_alone():
     recipe = dataclasses.replace(RECIPE, warmup_steps=0, weight_decay=0.5)
-    optimizer = train.make_optimizer(recipe)
+    optimizer = learning.make_optimizer(recipe)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(())}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -177,11 +177,11 @@ def test_step_metrics(dataset):
     recipe = dataclasses.replace(RECIPE, augment="none", label_smoothing=0.2)
     model = make_vit()
     model.head.kernel[...] = jax.random.normal(jax.random.key(3), (8, 10))
-    graphdef, params, projections, frozen = train.split_model(model, nnx.Param)
-    optimizer = train.make_optimizer(recipe)
-    state = train.make_init(optimizer, recipe)(params)
+    graphdef, params, projections, frozen = learning.split_model(model, nnx.Param)
+    optimizer = learning.make_optimizer(recipe)
+    state = learning.make_init(optimizer, recipe)(params)
     batch = dataset.train.__getitems__(np.arange(16))
-    step = jax.jit(train.make_train_step(graphdef, optimizer, recipe))
+    step = jax.jit(learning.make_train_step(graphdef, optimizer, recipe))
     after, metrics = step(state, projections, frozen, batch)
 
     key = jax.random.fold_in(jax.random.key(recipe.seed), 0)
@@ -241,7 +241,7 @@ def test_the_evaluation_counts_every_example_once(fit, dataset):
     trained, result = fit(recipe)
     batch = dataset.val.__getitems__(np.arange(len(dataset.val)))
     assert len(dataset.val) % 24
-    logits = trained(train.normalise(jnp.asarray(batch["image"])))
+    logits = trained(augment.normalise(jnp.asarray(batch["image"])))
     hits = np.argmax(logits, -1) == batch["label"]
     assert result["accuracy"] == pytest.approx(hits.mean())
     log_p = np.take_along_axis(
@@ -387,7 +387,7 @@ def test_keep_best_returns_the_best_parameters(fit, dataset, tmp_path):
     batch = dataset.val.__getitems__(np.arange(len(dataset.val)))
 
     def accuracy(model):
-        logits = model(train.normalise(jnp.asarray(batch["image"])))
+        logits = model(augment.normalise(jnp.asarray(batch["image"])))
         return np.mean(np.argmax(logits, -1) == batch["label"])
 
     assert accuracy(best_model) == pytest.approx(result["best"]["score"])

@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import snnk_jax as snnk
-from experiments import distil, load_config, starts, train, uptrain
+from experiments import distil, learning, load_config, starts, uptrain
 from experiments.metrics import read_jsonl
 
 BERT, VIT = "configs/bert_uptrain.py:quicktest", "configs/vit_uptrain.py:quicktest"
@@ -214,7 +214,7 @@ def test_starts_leave_the_first_blocks_alone():
 
 
 def test_new_parameters_learn_at_their_own_rate():
-    recipe = train.Recipe(
+    recipe = learning.Recipe(
         learning_rate=1.0,
         steps=10,
         batch_size=1,
@@ -227,7 +227,7 @@ def test_new_parameters_learn_at_their_own_rate():
     ones = jax.tree.map(jax.numpy.ones_like, params)
     updates = []
     for rates in ((), recipe.rates):
-        optimizer = train.make_optimizer(dataclasses.replace(recipe, rates=rates))
+        optimizer = learning.make_optimizer(dataclasses.replace(recipe, rates=rates))
         updates.append(optimizer.update(ones, optimizer.init(params), params)[0])
     for name, rate in (("a", 1.0), ("b", 3.0)):
         for leaf in ("kernel", "bias"):
