@@ -14,7 +14,7 @@ Expected on the STS-B development set, Spearman's correlation, dense 0.8672: 96 
 block (0.063 of the feed-forward parameters) 0.854 before and 0.865 after training, 48
 units (0.032) 0.852 and 0.865, 12 units 0.838 and 0.861, 96 random units 0.673 and
 0.854, Psi(W) of 16 features 0.287 and 0.221; one seed, 5 to 12 minutes of one CPU core
-each. ``:hidden`` and the tasks have not been run.
+each.
 
 Arguments behind a colon:
 
