@@ -253,19 +253,14 @@ def report(
         _table(rows, case.metrics),
     ]
     metric = case.metrics[-1]
-    panels = _panels(rows, metric, _stored)
-    if panels:
-        label = f"{metric}, %"
-        plots.share_curves(
-            workdir / "score.png", panels, "stored parameters, % of dense", label
-        )
-        parts.append("![score against stored parameters](score.png)")
-        timed = _panels(rows, metric, _time)
-        if timed:
-            plots.share_curves(
-                workdir / "latency.png", timed, "time of a batch, % of dense", label
-            )
-            parts.append("![score against the time of a batch](latency.png)")
+    costs = (("score", _stored, "stored parameters"), ("latency", _time, "time"))
+    for name, cost, words in costs:
+        if panels := _panels(rows, metric, cost):
+            labels = f"{words}, % of dense", f"{metric}, %"
+            dense = 100 * rows[0][metric]
+            plots.share_curves(workdir / f"{name}.png", panels, dense, *labels)
+            parts.append(f"![score against {words}]({name}.png)")
+    if any("r2_metric" in row for row in rows):
         _plot_blocks(workdir / "blocks.png", rows)
         parts.append("![R² of the blocks](blocks.png)")
     return parts

@@ -146,13 +146,14 @@ def accuracy_curves(
 def share_curves(
     path: str | pathlib.Path,
     panels: Mapping[str, Mapping[str, Curve]],
+    dense: float,
     xlabel: str,
     ylabel: str,
 ) -> None:
     """Draws percentages against per cent of a dense model's cost, a line a method.
 
-    The axis ends below the methods of several sizes; of others below it the legend has
-    the figure.
+    ``dense`` is what the dense model reaches. The axis ends below the methods of
+    several sizes; of others below it the legend has the figure.
     """
     figure, axes = plt.subplots(
         1, len(panels), figsize=(8.5 * len(panels), 4.5), squeeze=False
@@ -168,13 +169,15 @@ def share_curves(
             style = "o-" if index < 10 else "s--"
             line = {"color": f"C{index % 10}", "markersize": 4}
             axis.plot(*zip(*points, strict=True), style, label=label, **line)
-        axis.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
-        axis.set(title=title, ylim=(bottom, None))
+        axis.axhline(dense, color="black", linestyle=":", label=f"dense ({dense:.1f})")
+        axis.set(xlabel=xlabel, ylabel=ylabel, title=title, ylim=(bottom, None))
         shares = [x for points in lines.values() for x, _ in points]
-        marks = (0.1, 0.3, 1, 3, 6, 12, 25, 35, 50, 70, 100)
-        ticks = [x for x in marks if min(shares) < x < 1.1 * max(shares)]
-        axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
-        axis.minorticks_off()
+        if max(shares) > 4 * min(shares):
+            marks = (0.1, 0.3, 1, 3, 6, 12, 25, 50, 100)
+            ticks = [x for x in marks if x > min(shares)]
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=8)
+            axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
