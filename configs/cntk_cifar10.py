@@ -17,7 +17,8 @@ Myrtle-5; 1.7 % and 1/430 for Myrtle-7; with 1024 features and 2000 images accur
 of 46.6 % and 47.6 %.
 
 ``:full`` takes all 60000 images through 1024 features of Myrtle-5, half an hour of one
-CPU core, to 60.2 %. On a GPU there is time for 8192 of them, again in one pass and one solution:
+CPU core, to 60.2 %. On a GPU there is time for 8192 of them, again in one pass and one
+solution:
 
     python -m experiments.main --config=configs/cntk_cifar10.py:gpu \
         --config.data.dir=FOLDER_OF_THE_NPZ --workdir=DIR
