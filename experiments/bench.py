@@ -19,8 +19,8 @@ inputs on two quiet cores, which is the goal.
 """
 
 import dataclasses
+import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 import snnk_jax as snnk
+from experiments.latency import time_in_turns
 from experiments.metrics import write_json
 from experiments.runner import describe_environment
 
@@ -195,21 +196,13 @@ def ntk_verdict(rows: list[Row], batch: int) -> str:
     return line
 
 
-def time_in_turns(
+def time_rows(
     fns: dict[str, Callable[[jax.Array], jax.Array]], x: jax.Array, rounds: int
 ) -> list[Row]:
     """Times each function once a round and takes medians and quartiles."""
-    for fn in fns.values():
-        jax.block_until_ready(fn(x))
-        jax.block_until_ready(fn(x))
-    timings: dict[str, list[float]] = {name: [] for name in fns}
-    for _ in range(rounds):
-        for name, fn in fns.items():
-            start = time.perf_counter()
-            jax.block_until_ready(fn(x))
-            timings[name].append(1e3 * (time.perf_counter() - start))
+    calls = {name: functools.partial(fn, x) for name, fn in fns.items()}
     rows = []
-    for name, values in timings.items():
+    for name, values in time_in_turns(calls, rounds).items():
         low, median, high = statistics.quantiles(values, n=4)
         rows.append(Row(name, median, low, high))
     return rows
@@ -249,7 +242,7 @@ def main(argv: list[str]) -> None:
     else:
         x, fns = layers(jax.random.key(0), batch, d, o, m, dtype)
         head = f"{d} -> {o}"
-    rows = time_in_turns(fns, x, _ROUNDS.value)
+    rows = time_rows(fns, x, _ROUNDS.value)
     dense = rows[0].median_ms
     environment = describe_environment()
     print(f"{head}, batch {batch}, {dtype.name}, {_ROUNDS.value} rounds")

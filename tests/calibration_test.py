@@ -187,6 +187,7 @@ def test_centring_takes_a_large_mean_out():
     np.testing.assert_allclose(after, moved, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_shrinkage_takes_the_samples_as_references():
     features = MAPS["shrunk"]
     x, kernel, bias = make_layer(2.0, 1.0, mean=0.5, num=2048)

@@ -255,6 +255,7 @@ def test_the_affine_map_is_named_where_it_is_enough():
     assert found.num_features == 81  # the smallest it tries
 
 
+@pytest.mark.slow
 def test_a_limit_below_the_smallest_map_is_named():
     x, kernel, _ = make_layer(0.5)
     found = suggest_num_features(

@@ -242,6 +242,7 @@ def test_every_method(name, tmp_path):
     assert snnk.compression.read_metadata(file) == {"a": "b"}
 
 
+@pytest.mark.slow
 def test_refitting_and_selection_help():
     r2 = {name: compressed(name)[2].blocks[0].r2 for name in METHODS}
     assert r2["units"] >= r2["energy"] - 1e-6

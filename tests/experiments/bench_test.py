@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import bench
 
@@ -9,14 +10,15 @@ def test_every_row_is_a_layer_of_the_same_shape():
     x, fns = bench.layers(jax.random.key(0), 16, 12, 24, 8, jnp.float32)
     assert x.shape == (16, 12)
     assert {fn(x).shape for fn in fns.values()} == {(16, 24)}
-    rows = bench.time_in_turns(fns, x, rounds=4)
+    rows = bench.time_rows(fns, x, rounds=4)
     assert [row.name for row in rows] == list(fns)
     assert all(0 < row.low_ms <= row.median_ms <= row.high_ms for row in rows)
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_table_is_one():
     x, fns = bench.ntks(jax.random.key(0), 6, 4, jnp.float32)
-    rows = bench.time_in_turns(fns, x, rounds=2)
+    rows = bench.time_rows(fns, x, rounds=2)
     assert [row.name for row in rows] == list(fns)
     shapes = {k.shape for fn in fns.values() for k in jax.tree.leaves(fn(x))}
     assert shapes == {(6, 6)}

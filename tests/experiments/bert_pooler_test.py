@@ -65,6 +65,7 @@ def test_narrow_dense_heads_have_the_size_of_their_rivals(narrow, like):
     assert abs(sizes[0] - sizes[1]) <= unit / 2 + 1
 
 
+@pytest.mark.slow
 def test_heads_made_of_weights_do_at_once_what_the_dense_one_does():
     states, config = make_states(n=600), quick(**{"pooler.num_features": 256})
     dense = dense_head(12, 12, 2, nnx.Rngs(1))

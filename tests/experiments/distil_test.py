@@ -169,6 +169,7 @@ def test_a_cache_of_another_teacher_is_refused(texts, tmp_path):
     assert json.loads((tmp_path / "record.json").read_text())["done"] == 37
 
 
+@pytest.mark.slow
 def test_images_have_a_teacher_too(tmp_path):
     from experiments import data
 

@@ -211,6 +211,7 @@ def test_training_changes_the_parameters_alone_and_depends_on_the_seed():
     assert results[0] == results[1] != results[2]
 
 
+@pytest.mark.slow
 def test_rates_and_seeds_share_a_compilation():
     config = quick("siren")
     traces = []
@@ -270,6 +271,7 @@ def test_splits_of_mnist_do_not_overlap(monkeypatch):
         np.testing.assert_array_equal(images[:, 0], x[labels, 0, 0])
 
 
+@pytest.mark.slow
 def test_digits_are_read_and_told_apart():
     config = quick("mnist_mlp")
     (problem,) = mnist_mlp.problems(config)

@@ -260,6 +260,7 @@ def test_a_finished_run_is_not_repeated(fit, dataset, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resuming_equals_an_uninterrupted_run_bit_for_bit(fit, dataset, tmp_path):
     trained, result = fit(folder="whole", keep_best=True)
     for batches in (1, 3, 2):  # stops before, after and on a checkpoint

@@ -235,6 +235,7 @@ def test_new_parameters_learn_at_their_own_rate():
             np.testing.assert_allclose(scaled, rate * plain, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_embeddings_come_in_order():
     from experiments import sentences
 

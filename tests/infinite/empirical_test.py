@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import snnk_jax as snnk
+from tests.tiers import slow_but
 
 infinite = snnk.infinite
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
@@ -25,7 +26,7 @@ def draw(key):
     }
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("batch_size", slow_but((2,), (1, 2, 64)))
 def test_products_are_those_of_the_jacobian(batch_size):
     params = draw(jax.random.key(1))
     other = X[:2] + 1
