@@ -109,3 +109,11 @@ def test_without_data_it_says_what_to_pass(tmp_path):
     config = load_config("configs/cntk_cifar10.py", {"data.dir": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match="--config.data.dir=FOLDER"):
         cntk.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("arg", ["", "full", "gpu"])
+def test_every_argument_gives_a_config(arg):
+    config = load_config(f"configs/cntk_cifar10.py:{arg}")
+    assert config.name == "cntk_cifar10" + (f"_{arg}" if arg else "")
+    with pytest.raises(ValueError, match="must be full, gpu or quicktest"):
+        load_config("configs/cntk_cifar10.py:other")
