@@ -102,14 +102,13 @@ def get_config(arg: str = "mrpc") -> ConfigDict:
     if task != "quicktest":
         config.data.name = "glue:mrpc" if task == "suite" else f"glue:{task}"
     reduced = "reduced" in flags
-    own = _SUITE.get(task, _SUITE["mrpc"])
-    config.data.length = min(own["length"], _MOST) if reduced else own["length"]
-    steps = 250 if reduced else own["steps"]
+    own = _suite_task(task if task in _SUITE else "mrpc", reduced)
+    config.data.length = own["length"]
     config.optim.update(
         learning_rates=dict(_RATES),
         batch_size=32,
-        steps=steps,
-        warmup_steps=steps // 16,
+        steps=own["steps"],
+        warmup_steps=own["warmup_steps"],
         weight_decay=1e-4,
     )
     config.log.update(log_every=20, eval_every=0, checkpoint_every=100)

@@ -204,7 +204,7 @@ def _square_features(config: ConfigDict) -> snnk.features.FeatureMap:
 
 
 _ARC, _URF = snnk.features.ArcCosine, snnk.features.URF
-_relu_features = _projected(_ARC)
+_relu_features = _relu("num_features")
 _leaky_features = _projected(_ARC, negative_slope=0.1)
 _cos_features = _projected(_URF, activation="cos", scale=1.0)
 _gaussian_features = _projected(_URF, activation="gaussian", scale=1.0)
