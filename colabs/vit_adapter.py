@@ -94,7 +94,8 @@ report.matched
 # former.
 
 # %%
-trainable = nnx.Any(snnk.nn.AdapterParam, nnx.PathContains("head"))
+head = nnx.All(nnx.Param, nnx.PathContains("head"))
+trainable = nnx.Any(snnk.nn.AdapterParam, head)
 graphdef, params, frozen = nnx.split(model, trainable, ...)
 count = sum(leaf.size for leaf in jax.tree.leaves(params))
 print(f"{count:,} trained parameters")

@@ -52,7 +52,8 @@ def run(
     """
     check(config)
     workdir = pathlib.Path(workdir)
-    environment = open_workdir(workdir, config)
+    # A row holds all seeds, and says nothing of the rates it chose from.
+    environment = open_workdir(workdir, config, ("methods",))
     start = time.perf_counter()
     jobs = list(_jobs(config, workdir))
     encoding = time.perf_counter() - start

@@ -153,7 +153,8 @@ def fit(
     outcomes = []
     for i, (r, (own_graphdef, *_)) in enumerate(zip(recipes, split, strict=True)):
         own = {key: values[:, i] for key, values in logged.items()}
-        finite = all(np.all(np.isfinite(values)) for values in own.values())
+        measured = (*own.values(), outputs["outputs"][i])
+        finite = all(np.all(np.isfinite(values)) for values in measured)
         result = None
         evaluation: dict[str, float] = {}
         if finite:

@@ -6,7 +6,9 @@ serve as test sets; validation examples are cut off the training sets.
 
 import dataclasses
 import gzip
+import math
 import pathlib
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -137,7 +139,8 @@ def read(
 
     Raises:
       FileNotFoundError: if the file is not there.
-      ValueError: if a line has too few columns or another label.
+      ValueError: if the file is damaged or empty, or a line has too few columns or
+        another label.
     """
     path = pathlib.Path(directory) / task.folder / f"{split}.tsv.gz"
     if not directory or not path.is_file():
@@ -146,7 +149,12 @@ def read(
             f"{directory!r}. Pass it with --config.data.dir=FOLDER."
         )
     # The fields are not quoted, and one file starts with a byte-order mark.
-    text = gzip.decompress(path.read_bytes()).decode("utf-8-sig")
+    try:
+        text = gzip.decompress(path.read_bytes()).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} must be whole gzipped text in UTF-8. Got {error}."
+        ) from error
     lines = [line.rstrip("\r").split("\t") for line in text.split("\n") if line]
     names = lines.pop(0) if task.header else []
     columns = [
@@ -157,15 +165,24 @@ def read(
     for number, line in enumerate(lines, 1 + task.header):
         try:
             *parts, label = (line[column] for column in columns)
-            labels.append(task.parse(label))
+            labels.append(_checked(task.parse(label), task.classes))
         except (IndexError, ValueError) as error:
             raise ValueError(
                 f"{path.name} of {task.folder} must hold texts and labels as GLUE "
                 f"publishes them. Got line {number}: {line}."
             ) from error
         texts.append(tuple(parts))
+    if not texts:
+        raise ValueError(f"{path} must hold examples. Got none.")
     dtype = np.float32 if task.classes == 1 else np.int32
     return texts, np.asarray(labels, dtype)
+
+
+def _checked(label: float, classes: int) -> float:
+    """A label; those of GLUE's test files are -1."""
+    if not (math.isfinite(label) if classes == 1 else label in range(classes)):
+        raise ValueError("no such label")
+    return label
 
 
 def _position(names: Sequence[str], column: str, path: pathlib.Path) -> int:

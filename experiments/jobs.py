@@ -1,9 +1,11 @@
 """Many small measurements in one workdir: each done once, written as it is done."""
 
+import contextlib
+import fcntl
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from experiments.metrics import Progress, read_jsonl
@@ -60,7 +62,7 @@ def run_jobs(
       The rows in the order of the jobs, each with its ``name``.
 
     Raises:
-      ValueError: for two jobs of one name.
+      ValueError: for two jobs of one name, or if another process writes to the folder.
     """
     todo = list(jobs)
     names = [name for name, _ in todo]
@@ -68,18 +70,33 @@ def run_jobs(
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"jobs must have names of their own. Got {twice} twice.")
     file = pathlib.Path(workdir) / "rows.jsonl"
-    done = {row["name"]: row for row in read_jsonl(file)}
-    # Without the line that a kill cut short, which would swallow the next one.
-    write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
-    progress = Progress(title, 0, len(todo))
     rows = []
-    with file.open("a") as stream:
-        for step, (name, measure) in enumerate(todo):
-            if name not in done:
-                done[name] = {"name": name, **measure()}
-                stream.write(json.dumps(done[name]) + "\n")
-                stream.flush()
-            rows.append(done[name])
-            progress.update(step + 1)
-    progress.close()
+    with _alone(file):
+        done = {row["name"]: row for row in read_jsonl(file)}
+        # Without the line that a kill cut short, which would swallow the next one.
+        write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
+        progress = Progress(title, 0, len(todo))
+        with file.open("a") as stream:
+            for step, (name, measure) in enumerate(todo):
+                if name not in done:
+                    done[name] = {"name": name, **measure()}
+                    stream.write(json.dumps(done[name]) + "\n")
+                    stream.flush()
+                rows.append(done[name])
+                progress.update(step + 1)
+        progress.close()
     return rows
+
+
+@contextlib.contextmanager
+def _alone(file: pathlib.Path) -> Iterator[None]:
+    """Holds a lock beside a file, which the system lets go when the process ends."""
+    with file.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"workdir must be that of one process at a time. Got {file.parent}, "
+                "to which another one writes."
+            ) from error
+        yield

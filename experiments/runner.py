@@ -23,11 +23,11 @@ from experiments import sharding as sharding_lib
 from experiments.config import check_training as check
 from experiments.config import methods_of
 from experiments.metrics import write_json
-from snnk_jax._files import write_atomic
+from snnk_jax._files import write_atomic, write_new
 from snnk_jax.models.vit_params import save_vit
 
 # Settings that choose which runs are done and how they are reported, not their result.
-_FREE = (
+FREE = (
     *("methods", "seeds", "sweep", "export", "resume", "log", "together"),
     "optim.learning_rates",
 )
@@ -84,7 +84,8 @@ def load_data(config: ConfigDict) -> data_lib.Dataset:
     if config.model.family == "vit":
         return data_lib.load(options.name, image_size=config.model.image_size, **shared)
     weights = tasks.weights_path(config.model.weights)
-    tokenizer = options.tokenizer or weights
+    folder = pathlib.Path(weights)
+    tokenizer = options.tokenizer or str(folder if folder.is_dir() else folder.parent)
     return glue.load(options.name, tokenizer=tokenizer, length=options.length, **shared)
 
 
@@ -111,6 +112,8 @@ def run(
         raise ValueError(
             f"config.resume must be the workdir of a run. Got {config.resume!r}."
         )
+    if config.resume:
+        _check_settings(pathlib.Path(config.resume), config, FREE, "config.resume")
     claim(workdir, config)
     dataset = load_data(config)
     mesh = sharding_lib.make_mesh(config.mesh.axes)
@@ -252,24 +255,30 @@ def _run_together(
     """Trains the runs in one program, unless all of them are done."""
     task = tasks.METHODS[method]
     folders = [root / run_.name for run_ in runs]
-    if all((folder / "summary.json").is_file() for folder in folders):
-        return [_read_summary(folder, base) for folder in folders]
-    models = [_adapt(config, base, dataset, task, run_.seed) for run_ in runs]
     recipes = [
         recipe_for(config, run_.learning_rate, run_.seed, run_.split) for run_ in runs
     ]
+    if all((folder / "summary.json").is_file() for folder in folders):
+        return [
+            _read_summary(folder, base, recipe)
+            for folder, recipe in zip(folders, recipes, strict=True)
+        ]
+    models = [_adapt(config, base, dataset, task, run_.seed) for run_ in runs]
     _announce(f"{len(runs)} runs", task, models[0], recipes[0], dataset)
     outcomes = cohort.fit(
         models, task.trainable, dataset, recipes, mesh=mesh, name=runs[0].name
     )
     done: list[Trained] = []
-    for folder, outcome in zip(folders, outcomes, strict=True):
+    for folder, recipe, outcome in zip(folders, recipes, outcomes, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
+        # Of an earlier attempt, which was stopped before its summary.
+        (folder / "adapter.safetensors").unlink(missing_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in outcome.history)
         write_atomic(folder / "metrics.jsonl", lines)
         if outcome.result is None:
-            write_json(folder / "summary.json", {"diverged": True})
-            done.append(_read_summary(folder, base))
+            diverged = {"diverged": True, "recipe": recipe.record()}
+            write_json(folder / "summary.json", diverged)
+            done.append(_read_summary(folder, base, recipe))
             continue
         result = _finish(
             config, base, method, outcome.model, dict(outcome.result), folder
@@ -279,9 +288,11 @@ def _run_together(
     return done
 
 
-def _read_summary(folder: pathlib.Path, base: Any) -> Trained:
+def _read_summary(folder: pathlib.Path, base: Any, recipe: learning.Recipe) -> Trained:
     """A finished run of :func:`_run_together`; its model is in its adapter file."""
     result = json.loads((folder / "summary.json").read_text())
+    if "recipe" in result:  # early summaries of diverged runs have none
+        train.check_recipe(result["recipe"], recipe, folder)
     if result.get("diverged"):
         return train.NonFiniteError(
             f"loss and norms must stay finite. Got others in {folder.name}; try a "
@@ -363,30 +374,55 @@ def _finish(
     return result
 
 
-def claim(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Writes ``config.json``, or refuses a folder that holds other settings."""
-    settings = json.loads(config.to_json_best_effort())
+def claim(
+    workdir: pathlib.Path, config: ConfigDict, free: tuple[str, ...] = FREE
+) -> None:
+    """Writes ``config.json``, or refuses a folder that holds other settings.
+
+    Args:
+      workdir: the folder, of several processes that may claim it at once.
+      config: the settings.
+      free: beginnings of those that may differ.
+
+    Raises:
+      ValueError: says which settings differ.
+    """
     file = workdir / "config.json"
+    settings = json.loads(config.to_json_best_effort())
+    if jax.process_index() == 0:
+        write_new(file, json.dumps(settings, indent=2))
     if file.is_file():
-        found = json.loads(file.read_text())
-        fixed = {k: v for k, v in _flat(settings).items() if not k.startswith(_FREE)}
-        other = {k: v for k, v in _flat(found).items() if not k.startswith(_FREE)}
-        changed = sorted(
-            key for key in fixed | other if fixed.get(key) != other.get(key)
-        )
-        if changed:
-            raise ValueError(
-                f"workdir must be empty or hold runs of the same settings. Got "
-                f"{workdir}, whose config differs in {', '.join(changed)}. Choose "
-                "another --workdir or remove it."
-            )
+        _check_settings(workdir, config, free, "workdir")
     if jax.process_index() == 0:
         write_json(file, settings)
 
 
-def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> dict[str, Any]:
+def _check_settings(
+    workdir: pathlib.Path, config: ConfigDict, free: tuple[str, ...], what: str
+) -> None:
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{what} must hold a config.json. Got {workdir} without.")
+    stored = json.loads(file.read_text())
+    settings = json.loads(config.to_json_best_effort())
+    found, asked = (
+        {key: value for key, value in _flat(s).items() if not key.startswith(free)}
+        for s in (stored, settings)
+    )
+    changed = sorted(key for key in found | asked if found.get(key) != asked.get(key))
+    if changed:
+        raise ValueError(
+            f"{what} must be empty or hold runs of the same settings. Got {workdir}, "
+            f"whose config differs in {', '.join(changed)}. Choose another one or "
+            "remove it."
+        )
+
+
+def open_workdir(
+    workdir: pathlib.Path, config: ConfigDict, free: tuple[str, ...] = FREE
+) -> dict[str, Any]:
     """Claims a folder and writes ``env.json`` to it; returns what it says."""
-    claim(workdir, config)
+    claim(workdir, config, free)
     environment = describe_environment()
     write_json(workdir / "env.json", environment)
     return environment

@@ -21,11 +21,17 @@ def scores(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     Returns:
       For classes the accuracy, and for two of them F1 of the second and Matthews'
       correlation (0 where only one is predicted); for values Spearman's and Pearson's
-      correlation (0 where all predictions are equal).
+      correlation (0 where all predictions or all labels are equal).
+
+    Raises:
+      ValueError: if outputs are not finite, whose largest is none.
     """
+    if not np.all(np.isfinite(outputs)):
+        count = int(np.sum(~np.isfinite(outputs)))
+        raise ValueError(f"outputs must be finite. Got {count} that are not.")
     if np.issubdtype(labels.dtype, np.floating):
         predictions = np.asarray(outputs[:, 0], np.float64)
-        if np.ptp(predictions) == 0:
+        if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
             return {"spearman": 0.0, "pearson": 0.0}
         rank: Any = stats.spearmanr(predictions, labels)
         line: Any = stats.pearsonr(predictions, labels)

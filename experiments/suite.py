@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import plots, report, runner
+from experiments.config import methods_of
 from experiments.metrics import write_json
 
 
@@ -161,4 +162,9 @@ def check(config: ConfigDict) -> None:
                 f"config.tasks.{task}.rates_of must be the task, or one that chooses "
                 f"its own learning rates. Got {own.rates_of!r}."
             )
-        runner.check(task_config(config, task))
+        changed = task_config(config, task)
+        if own.rates_of != task:
+            # Known only when the other task has chosen them.
+            rates = dict.fromkeys(methods_of(config), 1.0)
+            changed.optim.learning_rates.update(rates)
+        runner.check(changed)

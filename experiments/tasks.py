@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -16,7 +18,7 @@ from snnk_jax.nn import Adapted, AdapterParam
 
 Rules = list[snnk.SwapRule]
 
-HEAD = nnx.PathContains("head")
+HEAD = nnx.All(nnx.Param, nnx.PathContains("head"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +332,10 @@ def weights_path(spec: str) -> str:
 
 
 def build_model(config: ConfigDict, num_classes: int, rngs: nnx.Rngs) -> Any:
-    """The model of ``config.model``, with a zero head of ``num_classes``."""
+    """The model of ``config.model``, with ``num_classes`` outputs.
+
+    The head is new, but for a ViT whose weights have one of that size.
+    """
     if config.model.family == "bert":
         return _build_bert(config, num_classes, rngs)
     options = config.model
@@ -365,9 +370,12 @@ def _build_bert(config: ConfigDict, num_outputs: int, rngs: nnx.Rngs) -> Bert:
     }
     dtype = _dtype(config)
     if options.weights:
-        return Bert.from_pretrained(
+        bert = Bert.from_pretrained(
             weights_path(options.weights), dtype=dtype, **changes
         )
+        # A classifier of as many outputs may be that of another task.
+        nnx.update(bert, jax.tree.map(jnp.zeros_like, nnx.state(bert, HEAD)))
+        return bert
     changes |= {"vocab_size": options.vocab_size, "max_length": config.data.length}
     if options.preset:
         sizes = BertConfig.preset(options.preset, **changes)

@@ -155,7 +155,7 @@ def fit(
         )
         try:
             restored, record = source.restore(target)
-            _check_recipe(record["recipe"], recipe, workdir)
+            check_recipe(record["recipe"], recipe, workdir)
         except ValueError:
             checkpoints.close()
             raise
@@ -183,6 +183,11 @@ def fit(
         whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         real = whole["weight"] > 0  # the last batch is filled up
         loss = float(np.mean(whole["loss"][real], dtype=np.float64))
+        if not np.all(np.isfinite(whole["outputs"][real])):
+            raise NonFiniteError(
+                f"outputs of {name} on the {recipe.eval_split} split must be finite. "
+                f"Got others; try a lower learning rate than {recipe.learning_rate}."
+            )
         found = objective.scores(whole["outputs"][real], whole["label"][real])
         return {"loss": loss} | found
 
@@ -322,7 +327,7 @@ def result_of(
     }
 
 
-def _check_recipe(
+def check_recipe(
     stored: dict[str, Any], recipe: learning.Recipe, workdir: pathlib.Path
 ) -> None:
     """Refuses to go on with a run that was started with another recipe."""

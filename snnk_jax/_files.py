@@ -32,6 +32,27 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
         raise
 
 
+def write_new(path: str | os.PathLike[str], data: str) -> bool:
+    """Writes a whole file unless there is one; of several writers one wins.
+
+    Returns:
+      Whether this one did.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}."
+    ) as temporary:
+        temporary.write(data)
+        temporary.flush()
+        os.chmod(temporary.name, 0o644)
+        try:
+            os.link(temporary.name, path)
+        except FileExistsError:
+            return False
+    return True
+
+
 def hash_array(sha: Any, name: str, array: np.ndarray) -> None:
     """Feeds the name, dtype, shape and bytes of an array to a ``hashlib`` hash."""
     sha.update(f"{name} {array.dtype} {array.shape}\n".encode())

@@ -135,6 +135,7 @@ def swap_modules(
     """
     claims: dict[str, SwapRule] = {}
     matched: dict[str, tuple[str, ...]] = {}
+    unused = []
     for rule in rules:
         names = [name for name in find_modules(model, rule.path) if name]
         chosen = [
@@ -142,12 +143,13 @@ def swap_modules(
         ]
         claims |= dict.fromkeys(chosen, rule)
         matched[rule.path] = matched.get(rule.path, ()) + tuple(chosen)
-    unused = tuple(rule.path for rule in rules if not matched[rule.path])
+        if not chosen:
+            unused.append(rule.path)
     if unused:
         paths = [name for name in find_modules(model) if name]
         raise ValueError(
-            f"every rule must replace a module. Got unused {list(unused)}; the paths "
-            f"are {paths}."
+            f"every rule must replace a module that none before it does. Got unused "
+            f"{unused}; the paths are {paths}."
         )
     for name in claims:
         inside = [other for other in claims if other.startswith(f"{name}/")]
@@ -167,7 +169,7 @@ def swap_modules(
     def replace(parts: Path, node: Any) -> Any:
         return built.get(path_name(parts), node)
 
-    report = SwapReport(matched, unused)
+    report = SwapReport(matched, ())
     return nnx.recursive_map(replace, clone), report
 
 

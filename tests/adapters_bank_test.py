@@ -137,3 +137,34 @@ def test_names_are_new(bank, name, tmp_path):
 def test_an_adapted_base_is_refused(bank):
     with pytest.raises(ValueError, match="base_model must have no adapters"):
         AdapterBank(bank["a"])
+
+
+def test_a_model_with_other_adapters_is_refused(bank):
+    with pytest.raises(ValueError, match="must have the adapters of 'a'. Got others"):
+        bank.replace("a", bank.base)
+
+
+def test_a_base_changed_in_place_is_not_saved(bank, tmp_path):
+    bank["a"].body.base_module.bias[...] = jnp.ones(8)
+    with pytest.raises(ValueError, match="model must have the parameters of the base"):
+        bank.save("a", tmp_path / "a.safetensors")
+
+
+def test_the_head_may_have_another_name(tmp_path):
+    class Named(nnx.Module):
+        def __init__(self):
+            self.body = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+            self.classifier = nnx.Linear(8, 3, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.classifier(self.body(x))
+
+    bank = AdapterBank(Named(), exclude="classifier/.*")
+    model = nnx.clone(bank.add("a", RULES, rngs=nnx.Rngs(0)))
+    model.classifier.bias[...] = jnp.ones(3)
+    bank.replace("a", model)
+    bank.save("a", tmp_path / "a")
+    other = AdapterBank(Named(), exclude="classifier/.*")
+    np.testing.assert_array_equal(
+        call(other.load("a", tmp_path / "a"), X), call(model, X)
+    )

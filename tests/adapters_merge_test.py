@@ -124,3 +124,45 @@ def test_an_adapter_of_an_unknown_kind_is_refused():
 
     with pytest.raises(ValueError, match=r"no others. Got \['layers/0/factor'"):
         adapters.merge_adapters(trained(lambda m, rngs: Own(m)))
+
+
+def test_an_adapter_that_rounding_would_take_is_refused():
+    """The base is bfloat16, the adapter float32 and small."""
+    linear = nnx.Linear(6, 8, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    adapter = BUILDS["lora"](linear, nnx.Rngs(1))
+    adapter.lora_b[...] = jnp.full((2, 8), 1e-5)
+    with pytest.raises(ValueError, match="merging must keep what the adapter at laye"):
+        adapters.merge_adapters(nnx.Sequential(adapter))
+    adapter.lora_b[...] = jnp.full((2, 8), 1.0)
+    assert adapters.merge_adapters(nnx.Sequential(adapter))[1].max_error < 0.02
+
+
+def test_nan_is_refused():
+    model = trained(BUILDS["dora"])
+    model.layers[2].norms[...] = jnp.full(3, jnp.nan)
+    with pytest.raises(ValueError, match="layers/2 must return finite numbers"):
+        adapters.merge_adapters(model)
+
+
+def test_what_computes_something_else_is_refused():
+    class Doubled(nnx.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    class ScaledLoRA(nnx.LoRA):
+        def __call__(self, x):
+            return super().__call__(x) * 4
+
+    inside = nnx.Sequential(
+        BUILDS["lora"](Doubled(6, 8, rngs=nnx.Rngs(0)), nnx.Rngs(1))
+    )
+    with pytest.raises(
+        ValueError, match=r"inside the adapter at layers/0 must be an n"
+    ):
+        adapters.merge_adapters(inside)
+    linear = nnx.Linear(6, 8, rngs=nnx.Rngs(0))
+    around = ScaledLoRA(
+        *(6, 2, 8), base_module=linear, lora_param_type=AdapterParam, rngs=nnx.Rngs(1)
+    )
+    with pytest.raises(ValueError, match="and no others. Got"):
+        adapters.merge_adapters(nnx.Sequential(around))

@@ -333,7 +333,7 @@ def test_settings_with_a_checksum_of_their_own_are_refused_undrawn(
 def test_another_structure_is_refused_by_name(saved, base):
     file, _ = saved
     model, _ = snnk.swap_modules(base, RULES["snnk_cos"], rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="base_model must have a projection at blocks"):
+    with pytest.raises(ValueError, match="adapters of the file, or none. Got some at"):
         adapters.load_adapter(file, model)
 
 
@@ -437,3 +437,224 @@ def test_fingerprint_ignores_adapters_and_head_and_sees_the_rest(base):
     changed = nnx.clone(base)
     changed.norm.bias[...] = changed.norm.bias[...] + 1e-6
     assert adapters.fingerprint(changed) != mark
+
+
+class Small(nnx.Module):
+    """A model whose head has a name and a place of its own."""
+
+    def __init__(self, seed=0, dtype=jnp.float32):
+        rngs = nnx.Rngs(seed)
+        self.fc = nnx.Linear(8, 8, param_dtype=dtype, rngs=rngs)
+        self.classifier = nnx.Linear(8, 3, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.classifier(self.fc(x))
+
+
+ROWS = jax.random.normal(jax.random.key(1), (5, 8))
+
+
+def small(build, base=None, train_head=True):
+    """A small base, and one with an adapter around ``fc``, trained."""
+    base = Small() if base is None else base
+    rules = [snnk.SwapRule(path="fc", build=build)]
+    model, _ = snnk.swap_modules(base, rules, rngs=nnx.Rngs(3))
+    model = scramble(model)
+    if train_head:
+        model.classifier.bias[...] = jnp.ones(3, model.classifier.bias.dtype)
+    return base, model
+
+
+def arc_build(module, rngs):
+    return Adapted(module, snnk.nn.SNNKAdapter(8, features=ARC, rngs=rngs))
+
+
+def save(file, base, model, **options):
+    exclude = options.get("exclude", "head/.*")
+    mark = adapters.fingerprint(base, exclude=exclude)
+    return adapters.save_adapter(file, model, base_fingerprint=mark, **options)
+
+
+def test_a_trained_head_of_another_name_is_not_lost(tmp_path):
+    base, model = small(arc_build)
+    with pytest.raises(ValueError, match="model must have the parameters of the base"):
+        save(tmp_path / "a", base, model)
+    assert not list(tmp_path.iterdir())
+    save(tmp_path / "a", base, model, exclude="classifier/.*")
+    loaded = adapters.load_adapter(tmp_path / "a", base)
+    np.testing.assert_array_equal(call(loaded, ROWS), call(model, ROWS))
+
+
+def test_what_exclude_leaves_out_must_be_trained(tmp_path):
+    base, model = small(arc_build)
+    with pytest.raises(ValueError, match=r"would lose it. Got 'fc/.*classifier/kernel"):
+        save(tmp_path / "a", base, model, trained="fc/.*", exclude="classifier/.*")
+    with pytest.raises(ValueError, match="trained must match parameters"):
+        save(tmp_path / "a", base, model, trained="haed/.*")
+
+
+def test_trained_names_are_those_of_the_base(tmp_path):
+    """The bias of a Linear inside an adapter is one of the base."""
+    pattern = "classifier/.*|fc/bias"
+    base, model = small(arc_build)
+    model.fc.base_module.bias[...] = jnp.full(8, 2.0)
+    save(tmp_path / "a", base, model, exclude=pattern)
+    loaded = adapters.load_adapter(tmp_path / "a", base)
+    np.testing.assert_array_equal(call(loaded, ROWS), call(model, ROWS))
+
+
+def test_lora_that_would_not_be_saved_is_refused(tmp_path):
+    def build(linear, rngs):
+        return nnx.LoRA(8, 2, 8, base_module=linear, rngs=rngs)
+
+    base, model = small(build)
+    with pytest.raises(ValueError, match="LoRA without lora_param_type"):
+        save(tmp_path / "a", base, model, exclude="classifier/.*")
+    # Where the fingerprint does not cover what was trained.
+    with pytest.raises(ValueError, match=r"LoRA must be made with .*fc/lora_a"):
+        save(tmp_path / "a", base, model, trained="fc/bias|head/.*")
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        snnk.activations.get("leaky_relu", negative_slope=0.5),
+        jax.nn.gelu,  # the form by tanh
+        lambda z: z * z,
+    ],
+)
+def test_an_activation_whose_name_means_another_is_refused(activation, tmp_path):
+    def build(module, rngs):
+        adapter = snnk.nn.BottleneckAdapter(8, 2, activation=activation, rngs=rngs)
+        return Adapted(module, adapter)
+
+    with pytest.raises(ValueError, match="settings must be names and numbers"):
+        save(tmp_path / "a", *small(build, train_head=False))
+
+
+def test_a_subclass_is_not_taken_for_its_parent(tmp_path):
+    class Scaled(snnk.nn.SNNKAdapter):
+        def delta(self, x):
+            return 2 * super().delta(x)
+
+    def build(module, rngs):
+        return Adapted(module, Scaled(8, features=ARC, rngs=rngs))
+
+    base, model = small(build, train_head=False)
+    save(tmp_path / "a", base, model)
+    with pytest.raises(ValueError, match="must have a projection at fc/adapter"):
+        adapters.load_adapter(tmp_path / "a", base)
+    other, _ = snnk.swap_modules(
+        base, [snnk.SwapRule(path="fc", build=build)], rngs=nnx.Rngs(9)
+    )
+    loaded = adapters.load_adapter(tmp_path / "a", other)
+    np.testing.assert_array_equal(call(loaded, ROWS), call(model, ROWS))
+
+
+def test_an_adapted_model_with_other_settings_is_refused(tmp_path):
+    def build(parallel, scale):
+        return lambda module, rngs: Adapted(
+            module,
+            snnk.nn.BottleneckAdapter(8, 2, scale=scale, rngs=rngs),
+            parallel=parallel,
+        )
+
+    base, model = small(build(True, 0.1), train_head=False)
+    save(tmp_path / "a", base, model)
+    other, _ = snnk.swap_modules(
+        base, [snnk.SwapRule(path="fc", build=build(False, 1.0))], rngs=nnx.Rngs(9)
+    )
+    with pytest.raises(
+        ValueError, match=r"settings of the file.*'scale': \(1.0, 0.1\)"
+    ):
+        adapters.load_adapter(tmp_path / "a", other)
+
+
+def test_a_head_keeps_its_dtype(tmp_path):
+    base, model = small(arc_build, Small(dtype=jnp.bfloat16))
+    model.classifier = nnx.Linear(8, 5, rngs=nnx.Rngs(4))
+    save(tmp_path / "a", base, model, exclude="classifier/.*")
+    loaded = adapters.load_adapter(tmp_path / "a", base)
+    assert loaded.classifier.kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        loaded.classifier.kernel[...], model.classifier.kernel[...]
+    )
+
+
+def test_batch_statistics_belong_to_the_base():
+    class Normed(nnx.Module):
+        def __init__(self):
+            self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+            self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(1))
+
+    first, second = Normed(), Normed()
+    mark = adapters.fingerprint(first)
+    first.dropout(jnp.ones(3))  # counts on
+    assert adapters.fingerprint(first) == mark
+    second.norm.mean[...] = jnp.full(4, 0.5)
+    assert adapters.fingerprint(second) != mark
+
+
+def test_two_arrays_of_one_name_are_refused():
+    class Wrapper(nnx.Module):
+        def __init__(self):
+            self.base_module = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.kernel = nnx.Param(jnp.ones(2))
+
+    with pytest.raises(ValueError, match="names that differ .* Got kernel twice"):
+        adapters.fingerprint(Wrapper())
+
+
+def test_adapters_of_a_scan_travel(tmp_path):
+    """One draw for each layer: no single key stands for them."""
+
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(keys):
+        adapter = snnk.nn.SNNKAdapter(8, features=ARC, rngs=nnx.Rngs(keys))
+        return Adapted(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), adapter)
+
+    class Scanned(nnx.Module):
+        def __init__(self, seed):
+            self.layers = stack(jax.random.split(jax.random.key(seed), 3))
+
+    model, other = scramble(Scanned(0)), Scanned(1)
+    with pytest.raises(ValueError, match="must have one key to be redrawn"):
+        snnk.nn.redraw(model, rngs=nnx.Rngs(0))
+    save(tmp_path / "a", other, model)
+    loaded = adapters.load_adapter(tmp_path / "a", other)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda r: r.pop("base"), "base"),
+        (lambda r: r.update(modules={}), "modules"),
+        (lambda r: r["modules"].append("x"), "modules"),
+        (lambda r: r["base"].update(exclude="("), "base"),
+        (lambda r: r["projections"].update(x={"key": [1]}), "projections"),
+        (lambda r: r["projections"].update(x={"key": [1, -2], "probes": {}}), "proj"),
+    ],
+)
+def test_a_record_without_its_parts_is_refused(saved, base, change, what):
+    file, _ = saved
+    with safe_open(file, framework="numpy") as opened:
+        record = json.loads(opened.metadata()["record"])
+    change(record)
+    write_record(file, record, load_file(file))
+    with pytest.raises(ValueError, match=f"must have a whole record.*{what}"):
+        adapters.load_adapter(file, base)
+
+
+@pytest.mark.parametrize(("kind", "field"), [("lora", "lora_rank"), ("vera", "rank")])
+def test_a_rank_beyond_the_file_is_refused_undrawn(kind, field, base, tmp_path):
+    file = tmp_path / "a"
+    save(file, base, trained(kind, base))
+    with safe_open(file, framework="numpy") as opened:
+        record = json.loads(opened.metadata()["record"])
+    record["modules"][0][field] = 10**13
+    write_record(file, record, load_file(file))
+    with pytest.raises(
+        ValueError, match=r"rank of at most|instead of \(16, 1000000000"
+    ):
+        adapters.load_adapter(file, base)

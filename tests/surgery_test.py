@@ -124,3 +124,9 @@ def test_bad_rules(unchecked):
         snnk.SwapRule(path="(", build=wrap)
     with pytest.raises(ValueError, match="build must be callable"):
         snnk.SwapRule(path=".*", build=3)  # pyright: ignore
+
+
+def test_a_second_rule_of_the_same_path_is_unused(vit):
+    rules = [snnk.SwapRule(path=r"blocks/0/mlp", build=wrap) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"none before it does. Got unused \['blocks"):
+        snnk.swap_modules(vit, rules, rngs=nnx.Rngs(1))

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from snnk_jax.adapters._store import fingerprint, load_adapter, save_adapter
+from snnk_jax.adapters._fingerprint import fingerprint
+from snnk_jax.adapters._store import load_adapter, save_adapter
 from snnk_jax.nn import AdapterParam
-from snnk_jax.surgery import SwapRule, swap_modules
+from snnk_jax.surgery import SwapRule, path_name, swap_modules
 
 
 class AdapterBank:
@@ -81,10 +82,16 @@ class AdapterBank:
         """Keeps a model that was trained as one of the bank.
 
         Raises:
-          ValueError: if there is no such adapter, or other parameters than adapters
-            and head were trained.
+          ValueError: if there is no such adapter, the model has other adapters, or
+            other parameters than adapters and head were trained.
         """
         self._check_known(name)
+        kept, given = (_adapter_shapes(m) for m in (self._models[name], model))
+        if kept != given:
+            different = sorted({path for path, _ in kept.items() ^ given.items()})
+            raise ValueError(
+                f"model must have the adapters of {name!r}. Got others at {different}."
+            )
         found = fingerprint(model, exclude=self._exclude)
         if found != self._fingerprint:
             raise ValueError(
@@ -133,3 +140,8 @@ class AdapterBank:
             raise ValueError(
                 f"adapter must have a new name. Got {name!r}, there is one already."
             )
+
+
+def _adapter_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
+    return {path_name(path): variable.shape for path, variable in flat}

@@ -1,7 +1,8 @@
 """What an adapter file may rebuild: kinds of adapters, described by names and numbers.
 
 The values come from the file's arrays. Modules that stand on their own are built as
-shapes alone, those that read the weights around which they stand from a fixed stream.
+shapes alone, those that read the weights around which they stand from a fixed stream;
+their rank is at most the count of numbers in the file.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from snnk_jax import activations
 from snnk_jax import features as features_lib
 from snnk_jax.nn import (
     Adapted,
@@ -54,8 +56,11 @@ def describe(module: nnx.Module) -> dict[str, Any] | None:
     if getattr(module, "base_module", None) is None:
         return None
     adapter = module.adapter if isinstance(module, Adapted) else module
+    if isinstance(adapter, nnx.LoRA) and not isinstance(adapter.lora_a, AdapterParam):
+        return None  # a part of the base
     for name, kind in KINDS.items():
-        if isinstance(adapter, kind.cls):
+        # A subclass may compute something else.
+        if type(adapter) is kind.cls:
             spec = {"kind": name} | kind.describe(adapter)
             if isinstance(module, Adapted):
                 spec["parallel"] = module.parallel
@@ -157,13 +162,21 @@ def _own(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_bottleneck(adapter: BottleneckAdapter) -> dict[str, Any]:
+    activation = adapter.activation
+    name = activation.name
     return {
         "dim": adapter.dim,
         "bottleneck": adapter.bottleneck,
-        "activation": adapter.activation.name,
+        # The row itself, which JSON refuses, where the name stands for another one.
+        "activation": name if _is_named(activation) else activation,
         "scale": adapter.scale,
         **_dtypes(adapter),
     }
+
+
+def _is_named(activation: activations.Activation) -> bool:
+    name = activation.name
+    return name in activations.names() and activations.get(name) == activation
 
 
 @_shapes_of
@@ -187,17 +200,23 @@ def _describe_lora(adapter: nnx.LoRA) -> dict[str, Any]:
     }
 
 
-def _build_lora(base: Any, spec: dict[str, Any]) -> nnx.Module:
+@_shapes_of
+def _lora_shapes(spec: dict[str, Any]) -> nnx.Module:
     return nnx.LoRA(
         spec["in_features"],
         spec["lora_rank"],
         spec["out_features"],
-        base_module=base,
         lora_param_type=AdapterParam,
         dtype=spec["dtype"],
         param_dtype=spec["param_dtype"],
         rngs=nnx.Rngs(0),
     )
+
+
+def _build_lora(base: Any, spec: dict[str, Any]) -> nnx.Module:
+    adapter = _lora_shapes(_own(spec))
+    adapter.base_module = nnx.data(base)
+    return adapter
 
 
 def _describe_ranked(adapter: DoRA | VeRA) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from snnk_jax.features._base import accumulation_dtype
 from snnk_jax.nn import Adapted, AdapterParam, DoRA, Scaled, VeRA
+from snnk_jax.nn._linear import check_plain
 from snnk_jax.surgery import find_modules, path_name
 from snnk_jax.typing import Array, Float
 
@@ -23,7 +25,8 @@ class MergeReport:
     Attributes:
       merged: paths of the Linears that took an adapter in.
       max_error: the largest difference between an adapted module and the merged one
-        on standard normal inputs, divided by the largest output: rounding.
+        on standard normal inputs, divided by the largest output: rounding, to the dtype
+        of the base.
     """
 
     merged: tuple[str, ...]
@@ -44,7 +47,9 @@ def merge_adapters(model: nnx.Module) -> tuple[Any, MergeReport]:
 
     Raises:
       ValueError: if an adapter is not linear (SNNK and bottleneck adapters): those
-        stay modules of their own.
+        stay modules of their own. Also if it stands around something else than a plain
+        ``nnx.Linear``; its error is not finite; or rounding takes more than half of
+        what it changes, as in a bfloat16 base of an adapter that was hardly trained.
 
     Example:
       >>> import snnk_jax as snnk
@@ -73,11 +78,12 @@ def merge_adapters(model: nnx.Module) -> tuple[Any, MergeReport]:
     merged: dict[str, float] = {}
 
     def fold(parts: tuple[Any, ...], node: Any) -> Any:
-        if not isinstance(node, _LINEAR):
+        # A subclass may compute something else.
+        if type(node) not in _LINEAR:
             return node
-        linear = _merged_linear(node)
         name = path_name(tuple(part for part in parts if part != "base_module"))
-        merged[name] = _difference(node, linear)
+        linear = _merged_linear(name, node)
+        merged[name] = _checked_error(name, node, linear)
         return linear
 
     clone = nnx.recursive_map(fold, clone)
@@ -90,16 +96,12 @@ def merge_adapters(model: nnx.Module) -> tuple[Any, MergeReport]:
             "model must have LoRA, DoRA, VeRA or Scaled adapters and no others. "
             f"Got {left or 'none'}."
         )
-    return clone, MergeReport(tuple(sorted(merged)), max(merged.values()))
+    return clone, MergeReport(tuple(sorted(merged)), float(np.max([*merged.values()])))
 
 
-def _merged_linear(adapter: Any) -> nnx.Linear:
+def _merged_linear(name: str, adapter: Any) -> nnx.Linear:
     base = adapter.base_module
-    if not isinstance(base, nnx.Linear):
-        raise ValueError(
-            "an adapter must stand around an nnx.Linear to be merged. "
-            f"Got {type(base).__name__}."
-        )
+    check_plain(f"the module inside the adapter at {name}", base)
     kernel, bias = _lora(adapter) if isinstance(adapter, nnx.LoRA) else adapter.merged()
     # The adapter still computes with its base: the two are compared.
     linear = nnx.clone(base)
@@ -117,8 +119,31 @@ def _lora(adapter: nnx.LoRA) -> tuple[Float[Array, "d o"], Float[Array, " o"] | 
     return kernel + change.astype(kernel.dtype), bias
 
 
-def _difference(adapter: Any, linear: nnx.Linear) -> float:
-    x = jax.random.normal(jax.random.key(0), (_PROBES, linear.in_features))
-    x = x.astype(linear.kernel.dtype)
-    expected, got = (np.asarray(module(x), np.float64) for module in (adapter, linear))
-    return float(np.max(np.abs(expected - got)) / max(np.max(np.abs(expected)), 1e-30))
+def _checked_error(name: str, adapter: Any, linear: nnx.Linear) -> float:
+    """The error of a merged Linear; refuses one that has lost its adapter."""
+    dtype = accumulation_dtype(linear.kernel.dtype)
+    x = jax.random.normal(jax.random.key(0), (_PROBES, linear.in_features), dtype)
+    modules = (_widened(m, dtype) for m in (adapter, linear, adapter.base_module))
+    expected, got, before = (np.asarray(m(x), np.float64) for m in modules)
+    error, change = (np.max(np.abs(expected - y)) for y in (got, before))
+    if not np.isfinite(error):
+        raise ValueError(
+            f"the adapter at {name} must return finite numbers to be merged. Got inf "
+            "or NaN."
+        )
+    if error > change / 2:
+        raise ValueError(
+            f"merging must keep what the adapter at {name} changes, outputs by "
+            f"{change:.2g}. Got an error of {error:.2g} by rounding to "
+            f"{linear.kernel.dtype}; merge into a base of a wider dtype."
+        )
+    return float(error / max(np.max(np.abs(expected)), 1e-30))
+
+
+def _widened(module: Any, dtype: Any) -> Any:
+    """A clone with floats of a dtype in which rounding hides nothing."""
+    graphdef, state = nnx.split(module)
+    floats = jax.tree.map(
+        lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, state
+    )
+    return nnx.merge(graphdef, floats)

@@ -8,7 +8,6 @@ the key draws), the fingerprint of the base model, and a SHA-256 over all of it.
 Nothing in it is executed.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -20,43 +19,14 @@ import numpy as np
 from flax import nnx
 
 from snnk_jax import projections
-from snnk_jax._files import hash_array, read_record, write_record
+from snnk_jax._files import read_record, write_record
+from snnk_jax.adapters._draws import describe_draw, drawn_arrays
+from snnk_jax.adapters._fingerprint import FOREIGN, base_name, fingerprint, held
 from snnk_jax.adapters._kinds import KINDS, describe
 from snnk_jax.nn import AdapterParam, Drawn, InputStatistic, RandomProjection
 from snnk_jax.surgery import find_modules, path_name
 
 _FORMAT = "snnk_jax.adapter.1"
-_WRAPPERS = ("base_module",)
-_PROBES = 8
-
-
-def fingerprint(model: nnx.Module, *, exclude: str = "head/.*") -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a model's own parameters.
-
-    Adapter parameters, random projections and what ``exclude`` matches are left out,
-    and a wrapper's ``base_module`` does not show in the names: a base model and its
-    adapted clone have the same fingerprint as long as only adapters and head train.
-
-    Args:
-      model: any NNX model.
-      exclude: regular expression for whole parameter paths, ``/``-joined. The default
-        leaves out the head, which belongs to the task.
-
-    Example:
-      >>> import snnk_jax as snnk
-      >>> from flax import nnx
-      >>> len(snnk.adapters.fingerprint(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
-      64
-    """
-    sha = hashlib.sha256()
-    rows = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name = _base_name(path_name(path))
-        if not isinstance(variable, AdapterParam) and not re.fullmatch(exclude, name):
-            rows[name] = np.asarray(variable[...])
-    for name in sorted(rows):
-        hash_array(sha, name, rows[name])
-    return sha.hexdigest()
 
 
 def save_adapter(
@@ -64,31 +34,38 @@ def save_adapter(
     model: nnx.Module,
     *,
     base_fingerprint: str,
-    trained: str = "head/.*",
+    trained: str | None = None,
     exclude: str = "head/.*",
     metadata: dict[str, str] | None = None,
 ) -> int:
     """Writes adapters, head and projections of a model to one file, atomically.
 
+    All that the base model has too must be left as it was, or be named: what differs
+    and would not be in the file is refused.
+
     Args:
       path: the file.
       model: a model with adapters.
       base_fingerprint: :func:`fingerprint` of the base model, taken before training.
-      trained: regular expression for the paths of parameters besides
-        :class:`~snnk_jax.nn.AdapterParam` that were trained and belong to the file:
-        the head, or the biases for BitFit. Those of an
+      trained: regular expression for the paths, in the base model, of parameters
+        besides :class:`~snnk_jax.nn.AdapterParam` that were trained and belong to the
+        file: the head, or the biases for BitFit. None takes ``exclude``. Those of an
         :class:`~snnk_jax.nn.SNNKPooler` or another :class:`~snnk_jax.nn.SNNKDense` in
         place of a module of the base always do.
       exclude: what ``base_fingerprint`` leaves out: with a replaced pooler
-        ``"(pooler|head)/.*"``.
+        ``"(pooler|head)/.*"``. Where it covers all that ``trained`` names and all that
+        was replaced, the rest is checked against ``base_fingerprint``.
       metadata: strings of your own, returned by :func:`read_metadata`.
 
     Returns:
       The size of the file in bytes.
 
     Raises:
-      ValueError: if nothing is to be saved, an array is not finite, or an adapter is
-        of a kind this module cannot rebuild and describe.
+      ValueError: if nothing is to be saved; ``trained`` matches nothing, or leaves out
+        what ``exclude`` matches; the rest is not that of the base; an array is not
+        finite; or settings of an adapter are no names and numbers. Adapters of classes
+        that are not of this package are saved, but must be in the model already when
+        the file is loaded.
 
     Example:
       >>> import pathlib, tempfile
@@ -107,28 +84,15 @@ def save_adapter(
       ... )
       >>> loaded = snnk.adapters.load_adapter(file, base)
     """
-    arrays = {}
     modules = _describe_modules(model)
-    replaced = tuple(f"{m['at']}/" for m in modules if KINDS[m["kind"]].replaces)
-    for parts, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name = path_name(parts)
-        own = isinstance(variable, AdapterParam) or _base_name(name).startswith(
-            replaced
-        )
-        if own or re.fullmatch(trained, name):
-            arrays[name] = np.asarray(variable[...])
-    if not arrays:
-        raise ValueError(
-            f"model must have AdapterParam or parameters matching {trained!r}. "
-            "Got none."
-        )
+    arrays = _trained_arrays(model, modules, base_fingerprint, trained, exclude)
     for parts, variable in nnx.to_flat_state(nnx.state(model, InputStatistic)):
         arrays[path_name(parts)] = np.asarray(variable[...])
     drawn = {}
     for name, projection in find_modules(model).items():
         if isinstance(projection, Drawn):
             values = {k: np.asarray(v[...]) for k, v in projection.values.items()}
-            record = _describe_draw(projection, values)
+            record = describe_draw(projection, values)
             if record is None:
                 # Trained values are among the arrays already.
                 arrays |= {f"{name}/values/{k}": v for k, v in values.items()}
@@ -137,7 +101,7 @@ def save_adapter(
                 drawn[name] = record
     for name, array in arrays.items():
         if not np.all(np.isfinite(np.asarray(array, np.float64))):
-            raise ValueError(f"{name} must be finite to be saved.")
+            raise ValueError(f"{name} must be finite to be saved. Got inf or NaN.")
     record = {
         "format": _FORMAT,
         "modules": modules,
@@ -155,7 +119,7 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
     Args:
       path: a file of :func:`save_adapter`.
       base_model: the plain base model, into which the adapters are put; or a model
-        that has adapters of the same structure already (after
+        that has the same adapters with the same settings already (after
         :func:`snnk_jax.swap_modules` with the same rules), whose values are replaced.
         Its head may have another number of outputs; the model has that of the file.
 
@@ -177,8 +141,11 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
             f"{base['fingerprint']}. Got {found}."
         )
     model = nnx.clone(base_model)
-    if not jax.tree.leaves(nnx.state(model, AdapterParam)):
-        model = _rebuild_modules(model, record["modules"])
+    if jax.tree.leaves(nnx.state(model, AdapterParam)):
+        _check_settings(model, record["modules"])
+    else:
+        numbers = sum(array.size for array in arrays.values())
+        model = _rebuild_modules(model, record["modules"], numbers)
     model = _make_room(model, arrays, base["exclude"])
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
@@ -188,8 +155,13 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
         for name in sorted(arrays.keys() & names.keys())
         if arrays[name].shape != flat[names[name]].shape
     ]
+    misshapen += [
+        f"{name} {arrays[name].dtype} instead of {flat[names[name]].dtype}"
+        for name in sorted(arrays.keys() & names.keys())
+        if arrays[name].dtype != flat[names[name]].dtype
+    ]
     # Not before the sizes are known to be those of the stored arrays.
-    arrays = arrays | ({} if misshapen else _draw(model, record))
+    arrays = arrays | ({} if misshapen else drawn_arrays(model, record))
     needed = {
         name
         for name, parts in names.items()
@@ -205,7 +177,7 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
     unexpected = sorted(arrays.keys() - names.keys())
     if missing or unexpected or misshapen:
         raise ValueError(
-            "base_model must have the places and shapes of the adapter file. Got "
+            "base_model must have the places, shapes and dtypes of the file. Got "
             f"missing {missing}, unexpected {unexpected}, misshapen {misshapen}."
         )
     for name, array in arrays.items():
@@ -222,41 +194,116 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def _read(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    return read_record(path, "adapter", "save_adapter", _FORMAT)
-
-
-def _probe(array: np.ndarray) -> list[float]:
-    """A few numbers that tell one draw from another, compared up to rounding."""
-    flat = np.asarray(array, np.float64).ravel()
-    picks = flat[:: max(1, flat.size // _PROBES)][:_PROBES]
-    return [float(np.mean(flat)), float(np.mean(flat**2)), *map(float, picks)]
-
-
-def _describe_draw(
-    projection: Drawn, values: dict[str, np.ndarray]
-) -> dict[str, Any] | None:
-    """The key of a draw and probes of its values; None if the key draws others."""
-    if projection.trainable:
-        return None
-    words = projection.key[...]
-    drawn = _draw_values(projection, words)
-    same = drawn.keys() == values.keys()
-    if not same or any(not np.array_equal(drawn[k], values[k]) for k in values):
-        return None
-    return {
-        "key": [int(word) for word in words],
-        "probes": {name: _probe(value) for name, value in values.items()},
+    record, arrays = read_record(path, "adapter", "save_adapter", _FORMAT)
+    kinds = {
+        **{"modules": list, "projections": dict, "generator": str},
+        **{"base": dict, "metadata": dict},
     }
+    wrong = [k for k, kind in kinds.items() if not isinstance(record.get(k), kind)]
+    if not wrong:
+        base, modules = record["base"], record["modules"]
+        draws = record["projections"].values()
+        parts = {
+            "base": _all_strings(base, "fingerprint", "exclude") and _compiles(base),
+            "modules": all(_all_strings(module, "at", "kind") for module in modules),
+            "projections": all(_is_draw(draw) for draw in draws),
+        }
+        wrong = [name for name, whole in parts.items() if not whole]
+    if wrong:
+        raise ValueError(
+            f"adapter must have a whole record. Got {path} with other {wrong}."
+        )
+    return record, arrays
 
 
-def _draw_values(projection: Drawn, words: Any) -> dict[str, np.ndarray]:
-    key = jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl="threefry2x32")
-    values = projection.draw(key)
-    return {name: np.asarray(value) for name, value in values.items()}
+def _all_strings(part: Any, *names: str) -> bool:
+    return isinstance(part, dict) and all(isinstance(part.get(n), str) for n in names)
+
+
+def _compiles(base: dict[str, str]) -> bool:
+    try:
+        re.compile(base["exclude"])
+    except re.error:
+        return False
+    return True
+
+
+def _is_draw(draw: Any) -> bool:
+    if not isinstance(draw, dict) or not isinstance(draw.get("probes"), dict):
+        return False
+    words = draw.get("key")
+    return (
+        isinstance(words, list)
+        and len(words) == 2
+        and all(isinstance(word, int) and 0 <= word < 2**32 for word in words)
+    )
+
+
+def _trained_arrays(
+    model: nnx.Module,
+    modules: list[dict[str, Any]],
+    base_fingerprint: str,
+    trained: str | None,
+    exclude: str,
+) -> dict[str, np.ndarray]:
+    """What a file must hold besides projections; refuses what it would lose."""
+    pattern = exclude if trained is None else trained
+    places = [m["at"] for m in modules if KINDS[m["kind"]].replaces]
+    replaced = tuple(f"{place}/" for place in places)
+    arrays, lost, plain_lora = {}, [], []
+    named = False
+    # Whether all that may differ from the base is left out of its fingerprint.
+    covered = all(re.fullmatch(exclude, f"{place}/kernel") for place in places)
+    for name, variable in held(model):
+        if isinstance(variable, FOREIGN):
+            if isinstance(variable, AdapterParam):
+                arrays[name] = np.asarray(variable[...])
+            continue
+        plain = base_name(name)
+        excluded = re.fullmatch(exclude, plain) is not None
+        matches = re.fullmatch(pattern, plain) is not None
+        named |= matches
+        if matches or plain.startswith(replaced):
+            arrays[name] = np.asarray(variable[...])
+            covered &= excluded
+        elif excluded:
+            lost.append(name)
+        elif isinstance(variable, nnx.LoRAParam):
+            plain_lora.append(name)
+    if not arrays:
+        raise ValueError(
+            f"model must have AdapterParam or parameters matching {pattern!r}. "
+            "Got none."
+        )
+    if trained is not None and not named:
+        raise ValueError(
+            f"trained must match parameters of the model. Got {trained!r}, which "
+            "matches none."
+        )
+    if lost:
+        raise ValueError(
+            f"trained must match all that exclude leaves out of the fingerprint, or "
+            f"the file would lose it. Got {pattern!r}, without {lost}."
+        )
+    if plain_lora and not covered:
+        raise ValueError(
+            "LoRA must be made with lora_param_type=snnk_jax.nn.AdapterParam to be "
+            f"saved. Got {plain_lora}."
+        )
+    found = fingerprint(model, exclude=exclude) if covered else base_fingerprint
+    if found != base_fingerprint:
+        raise ValueError(
+            "model must have the parameters of the base but for adapters and what "
+            f"exclude matches, {exclude!r}: fingerprint {base_fingerprint}. Got "
+            f"{found}: what else was trained (a head of another name, biases, LoRA "
+            "without lora_param_type=AdapterParam) must be named in exclude, here and "
+            "for the fingerprint."
+        )
+    return arrays
 
 
 def _make_room(model: Any, arrays: dict[str, np.ndarray], exclude: str) -> Any:
-    """Gives modules of a clone the leaves and the sizes of the file.
+    """Gives modules of a clone the leaves, sizes and dtypes of the file.
 
     Calibrated projections have other leaves than the map draws, and a head, which
     belongs to the task, as many outputs as the task.
@@ -269,13 +316,15 @@ def _make_room(model: Any, arrays: dict[str, np.ndarray], exclude: str) -> Any:
             fits = kernel.ndim == 2 and len(kernel) == node.in_features
             if fits and re.fullmatch(exclude, name):
                 node.out_features = kernel.shape[1]
+                node.param_dtype = kernel.dtype
+                bias = arrays.get(f"{path_name(parts)}/bias", kernel)
                 own_leaves: Any = (
-                    (node.kernel, kernel.shape),
-                    (node.bias, kernel.shape[1:]),
+                    (node.kernel, kernel.shape, kernel.dtype),
+                    (node.bias, kernel.shape[1:], bias.dtype),
                 )
-                for own, shape in own_leaves:
+                for own, shape, dtype in own_leaves:
                     if own is not None:
-                        own.set_value(jax.ShapeDtypeStruct(shape, own.dtype))
+                        own.set_value(jax.ShapeDtypeStruct(shape, dtype))
         if isinstance(node, Drawn):
             prefix = f"{path_name(parts)}/values/"
             stored = {
@@ -288,36 +337,6 @@ def _make_room(model: Any, arrays: dict[str, np.ndarray], exclude: str) -> Any:
         return node
 
     return nnx.recursive_map(visit, model)
-
-
-def _draw(model: nnx.Module, record: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Draws the projections that a file names by key, and checks them."""
-    arrays: dict[str, np.ndarray] = {}
-    if record["projections"] and record["generator"] != projections.GENERATOR:
-        raise ValueError(
-            f"adapter must name the generator {projections.GENERATOR}. "
-            f"Got {record['generator']}."
-        )
-    places = {k: m for k, m in find_modules(model).items() if isinstance(m, Drawn)}
-    for name, draw in record["projections"].items():
-        if name not in places:
-            raise ValueError(
-                f"base_model must have a projection at {name}. Got {list(places)}."
-            )
-        values = _draw_values(places[name], draw["key"])
-        for leaf, value in values.items():
-            if not np.allclose(_probe(value), draw["probes"][leaf], 1e-3, 1e-4):
-                raise ValueError(
-                    f"the projection {name}/{leaf} must be drawn as it was when the "
-                    "adapter was saved: same feature map and width. Got another draw."
-                )
-            arrays[f"{name}/values/{leaf}"] = value
-        arrays[f"{name}/key"] = np.asarray(draw["key"], np.uint32)
-    return arrays
-
-
-def _base_name(name: str) -> str:
-    return "/".join(part for part in name.split("/") if part not in _WRAPPERS)
 
 
 def _refuse(value: Any) -> None:
@@ -338,11 +357,33 @@ def _describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
         spec = describe(module) if name else None
         if spec is not None:
             json.dumps(spec, default=_refuse)
-            described.append({"at": _base_name(name)} | spec)
+            described.append({"at": base_name(name)} | spec)
     return described
 
 
-def _rebuild_modules(model: nnx.Module, specs: list[dict[str, Any]]) -> Any:
+def _check_settings(model: nnx.Module, specs: list[dict[str, Any]]) -> None:
+    """Refuses a model whose adapters are others than those of a file."""
+    found = json.loads(json.dumps(_describe_modules(model)))
+    places = [[spec["at"] for spec in described] for described in (found, specs)]
+    if places[0] != places[1]:
+        raise ValueError(
+            "base_model must have the adapters of the file, or none. Got some at "
+            f"{places[0]} instead of {places[1]}."
+        )
+    for own, spec in zip(found, specs, strict=True):
+        # Files of before a setting existed do not name it.
+        other = {k: (own.get(k), v) for k, v in spec.items() if own.get(k) != v}
+        if other:
+            raise ValueError(
+                f"the adapter at {spec['at']} must have the settings of the file. Got "
+                f"(own, file) values {other}."
+            )
+
+
+def _rebuild_modules(
+    model: nnx.Module, specs: list[dict[str, Any]], numbers: int
+) -> Any:
+    """Puts adapters around the modules of a base, none of a rank above ``numbers``."""
     present = find_modules(model)
     absent = sorted({spec["at"] for spec in specs} - present.keys())
     if absent:
@@ -362,6 +403,12 @@ def _rebuild_modules(model: nnx.Module, specs: list[dict[str, Any]]) -> Any:
     def build(parts: tuple[Any, ...], node: Any) -> Any:
         if isinstance(node, nnx.Module):
             for spec in inner_first.get(path_name(parts), ()):
+                rank = spec.get("rank")
+                if isinstance(rank, int) and rank > numbers:
+                    raise ValueError(
+                        f"the adapter at {spec['at']} must have a rank of at most the "
+                        f"{numbers} numbers of the file. Got {rank}."
+                    )
                 try:
                     node = KINDS[spec["kind"]].build(node, spec)
                 except (KeyError, TypeError, AttributeError) as error:

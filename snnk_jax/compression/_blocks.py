@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from snnk_jax.compression._taps import Apply, Reader
+from snnk_jax.nn._linear import is_plain
 from snnk_jax.surgery import find_modules
 
 
@@ -124,7 +125,7 @@ def find_blocks(model: nnx.Module, rules: Sequence[CompressRule]) -> list[Block]
 def _block(name: str, rule: CompressRule, modules: dict[str, Any]) -> Block:
     first, second = (f"{name}/{part}" for part in (rule.first, rule.second))
     up, down = modules.get(first), modules.get(second)
-    if not (isinstance(up, nnx.Linear) and isinstance(down, nnx.Linear)):
+    if not (is_plain(up) and is_plain(down)):
         raise ValueError(
             f"{name} must hold nnx.Linear layers in {rule.first!r} and "
             f"{rule.second!r}. Got {type(up).__name__} and {type(down).__name__}."

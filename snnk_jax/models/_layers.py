@@ -123,13 +123,19 @@ class Mlp(nnx.Module):
 def check_sizes(config: Any, positive: tuple[str, ...], rates: tuple[str, ...]) -> None:
     """Raises ValueError for sizes that no transformer can have."""
     for name in positive:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1. Got {getattr(config, name)}.")
+        # What a file claims may be anything; True is an int.
+        if type(getattr(config, name)) is not int or getattr(config, name) < 1:
+            raise ValueError(
+                f"{name} must be a whole number of at least 1. "
+                f"Got {getattr(config, name)!r}."
+            )
     if config.hidden_size % config.num_heads:
         raise ValueError(
             "hidden_size must be divisible by num_heads. "
             f"Got {config.hidden_size} and {config.num_heads}."
         )
+    if not isinstance(config.remat, bool):
+        raise ValueError(f"remat must be true or false. Got {config.remat!r}.")
     for name in rates:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"{name} must be in [0, 1). Got {getattr(config, name)}.")

@@ -61,8 +61,8 @@ def load_bert(
       param_dtype: storage dtype of its parameters.
       **overrides: fields of :class:`BertConfig` to change: ``pool``, ``head``,
         ``num_outputs``, the dropout rates, ``remat``. The head of a file
-        (``classifier``) is taken if it has ``num_outputs`` rows, and a new one is
-        zero.
+        (``classifier``), which reads the pooler, is taken with ``pool="pooler"`` if it
+        has ``num_outputs`` rows, as many as it has by default; a new one is zero.
 
     Returns:
       The model, and a report of what was ignored and what is new.
@@ -84,8 +84,11 @@ def load_bert(
         checkpoint = Checkpoint(
             tensors, str(path), prefixes=("bert.",), renames=_RENAMES
         )
+        stored_head = checkpoint.shape("classifier.weight")
         if config is None:
             config = _read_config(path)
+            if stored_head and len(stored_head) == 2 and stored_head[0] > 0:
+                config = dataclasses.replace(config, num_outputs=stored_head[0])
         check_overrides(overrides, _FREE)
         config = dataclasses.replace(config, **overrides)
         check_depth(config.depth, checkpoint)
@@ -95,7 +98,8 @@ def load_bert(
             head = linear_sources(
                 "head", "classifier", config.hidden_size, config.num_outputs
             )
-            if checkpoint.shape("classifier.weight") == head["head.kernel"].shape:
+            fits = stored_head == head["head.kernel"].shape
+            if fits and config.pool == "pooler":
                 sources |= head
             else:
                 fresh = {name: s.shape[::-1] for name, s in head.items()}

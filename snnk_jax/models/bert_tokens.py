@@ -40,12 +40,14 @@ class BertTokenizer:
         folder that holds ``tokenizer.json`` or ``vocab.txt``.
       lowercase: for a vocabulary: put text in lower case and strip accents, as the
         uncased models want it. None takes ``do_lower_case`` of a
-        ``tokenizer_config.json`` beside it, True without one. A ``tokenizer.json``
-        says so itself.
+        ``tokenizer_config.json`` beside it, True without one; its ``strip_accents``
+        and ``tokenize_chinese_chars`` count too. A ``tokenizer.json`` says all of
+        this itself.
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file holds no tokenizer, or lacks a special token.
+      ValueError: if the file holds no tokenizer, lacks a special token or does not put
+        them around texts, or ``lowercase`` is given for a ``tokenizer.json``.
       ImportError: without the ``tokenizers`` library.
 
     Example:
@@ -69,12 +71,28 @@ class BertTokenizer:
                 f"the tokenizer must be an existing file. Got {path}."
             )
         json_file = path.suffix == ".json"
+        if json_file and lowercase is not None:
+            raise ValueError(
+                "lowercase must be None for a tokenizer.json, which says so itself. "
+                f"Got {lowercase} for {path}."
+            )
         self._tokenizer = _from_json(path) if json_file else _wordpiece(path, lowercase)
         absent = [t for t in _SPECIAL[:4] if self._tokenizer.token_to_id(t) is None]
         if absent:
             raise ValueError(
                 f"the tokenizer must have the tokens {_SPECIAL[:4]}. Got {path} "
                 f"without {absent}."
+            )
+        around = [self._tokenizer.num_special_tokens_to_add(p) for p in (False, True)]
+        if around != [2, 3]:
+            raise ValueError(
+                "the tokenizer must put [CLS] and [SEP] around a text, and [SEP] "
+                f"behind a second. Got {path}, which adds {around} tokens."
+            )
+        largest = max(self._tokenizer.get_vocab().values())
+        if largest > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"the tokenizer must have ids of 32 bits. Got {largest} in {path}."
             )
         self._pad = self._tokenizer.token_to_id("[PAD]")
 
@@ -151,21 +169,38 @@ def _from_json(path: pathlib.Path) -> Any:
         ) from error
 
 
-def _lowercase(config: pathlib.Path) -> bool:
-    if not config.is_file():
-        return True
-    found = read_json(config, "tokenizer_config.json").get("do_lower_case", True)
-    if not isinstance(found, bool):
-        raise ValueError(f"do_lower_case must be true or false. Got {found!r}.")
-    return found
+def _normalizer_options(config: pathlib.Path) -> dict[str, bool | None]:
+    """What a ``tokenizer_config.json`` says of case, accents and Chinese signs."""
+    found = read_json(config, "tokenizer_config.json") if config.is_file() else {}
+    options = {
+        "lowercase": found.get("do_lower_case", True),
+        # None: accents go with the capitals.
+        "strip_accents": found.get("strip_accents"),
+        "handle_chinese_chars": found.get("tokenize_chinese_chars", True),
+    }
+    for name, value in options.items():
+        follows = name == "strip_accents" and value is None
+        if not isinstance(value, bool) and not follows:
+            raise ValueError(
+                f"tokenizer_config.json must have true or false for {name}. "
+                f"Got {value!r}."
+            )
+    return options
 
 
 def _wordpiece(path: pathlib.Path, lowercase: bool | None) -> Any:
     library = _library()
-    if lowercase is None:
-        lowercase = _lowercase(path.parent / "tokenizer_config.json")
+    options = _normalizer_options(path.parent / "tokenizer_config.json")
+    if lowercase is not None:
+        options["lowercase"] = lowercase
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"a vocabulary must be text in UTF-8. Got {path}: {error}."
+        ) from error
     # Not splitlines: vocabularies hold tokens that it takes for ends of lines.
-    lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+    lines = text.removesuffix("\n").split("\n")
     vocabulary = {token: i for i, token in enumerate(lines)}
     if len(vocabulary) != len(lines):
         raise ValueError(
@@ -174,7 +209,7 @@ def _wordpiece(path: pathlib.Path, lowercase: bool | None) -> Any:
         )
     wordpiece = library.models.WordPiece(vocabulary, unk_token="[UNK]")
     tokenizer = library.Tokenizer(wordpiece)
-    tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = library.normalizers.BertNormalizer(**options)
     tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
     if {"[CLS]", "[SEP]"} <= vocabulary.keys():
         separator, first = (

@@ -92,8 +92,12 @@ class ViTConfig:
             (*sizes, "channels", "num_classes"),
             ("dropout_rate", "attention_dropout_rate", "patch_dropout"),
         )
-        if min(self.image_shape) < 1:
-            raise ValueError(f"image_size must be at least 1. Got {self.image_size}.")
+        whole = all(type(side) is int for side in self.image_shape)
+        if len(self.image_shape) != 2 or not whole or min(self.image_shape) < 1:
+            raise ValueError(
+                "image_size must be one or two whole numbers of at least 1. "
+                f"Got {self.image_size!r}."
+            )
         height, width = self.image_shape
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(

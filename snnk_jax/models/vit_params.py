@@ -18,11 +18,25 @@ from flax import nnx
 from safetensors.numpy import save
 
 from snnk_jax._files import open_safetensors, write_atomic
-from snnk_jax.models._weights import Checkpoint, Source, fill, safetensors_of
+from snnk_jax.models._weights import (
+    Checkpoint,
+    Source,
+    check_depth,
+    check_overrides,
+    fill,
+    safetensors_of,
+)
 from snnk_jax.models.vit import ViT, ViTConfig, resize_position_embedding
 from snnk_jax.typing import Dtype
 
 _FORMAT = "snnk_jax.vit.1"
+# What JSON of another kind makes of a config.
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
+# Fields that weights of any kind allow to change.
+_FREE = (
+    *("image_size", "num_classes", "activation", "layer_norm_eps"),
+    *("dropout_rate", "attention_dropout_rate", "patch_dropout", "remat"),
+)
 
 
 def save_vit(
@@ -72,18 +86,22 @@ def load_vit(
       path: the file.
       dtype: computation dtype of the model.
       param_dtype: storage dtype of the model's parameters.
-      **overrides: fields of :class:`ViTConfig` to change. Another ``image_size``
-        resamples the position embedding; another ``num_classes`` puts a fresh zero
-        head in place of the stored one.
+      **overrides: fields of :class:`ViTConfig` to change, none that the weights fix.
+        Another ``image_size`` resamples the position embedding; another
+        ``num_classes`` puts a fresh zero head in place of the stored one.
 
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is damaged or does not hold exactly the parameters of
-        the model; every missing, unexpected and misshapen name is listed.
+        the model, every missing, unexpected and misshapen name is listed; or if
+        ``overrides`` name what the weights fix.
     """
+    check_overrides(overrides, _FREE)
     with open_safetensors(path, "weights") as file:
         stored = _stored_config(file, path)
         config = dataclasses.replace(stored, **overrides)
+        checkpoint = Checkpoint(safetensors_of(file), str(path))
+        check_depth(config.depth, checkpoint)
 
         def build(config: ViTConfig) -> ViT:
             rngs = nnx.Rngs(0)
@@ -101,7 +119,7 @@ def load_vit(
         return fill(
             lambda: build(config),
             {name: s for name, s in sources.items() if name not in fresh},
-            Checkpoint(safetensors_of(file), str(path)),
+            checkpoint,
             ignore=ignore,
             fresh=fresh,
             param_dtype=param_dtype,
@@ -145,7 +163,7 @@ def _stored_config(file: Any, path: str | os.PathLike[str]) -> ViTConfig:
         )
     try:
         return ViTConfig(**_tuples(json.loads(header["config"])))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise ValueError(
             "weights' header must hold the sizes of a ViT as JSON. "
             f"Got {path}: {type(error).__name__}: {error}"

@@ -29,7 +29,8 @@ class Adapted(nnx.Module):
       parallel: put it beside the module; it must have a method ``delta``.
 
     Raises:
-      ValueError: if the adapter cannot stand beside a module.
+      ValueError: if the adapter cannot stand beside a module, when it is made or, for
+        want of width, when it is called.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,7 +60,13 @@ class Adapted(nnx.Module):
         if not self.parallel:
             return self.adapter(y)
         adapter: Any = self.adapter
-        return y + adapter.delta(x).astype(y.dtype)
+        delta = adapter.delta(x)
+        if delta.shape != y.shape:
+            raise ValueError(
+                "a parallel adapter must have the shape of what it is added to, "
+                f"{y.shape}. Got {delta.shape}."
+            )
+        return y + delta.astype(y.dtype)
 
 
 class SNNKAdapter(nnx.Module):

@@ -12,6 +12,7 @@ from snnk_jax import projections
 from snnk_jax.bundling import Counts, count_flops, merge_bias, merge_readout
 from snnk_jax.features import AppendOne, ArcCosine, FeatureMap
 from snnk_jax.nn._dense import SNNKDense
+from snnk_jax.nn._linear import is_plain
 from snnk_jax.nn._projection import Projection
 from snnk_jax.nn._variables import RandomProjection
 from snnk_jax.ops import contract
@@ -111,7 +112,8 @@ def bundle_stack(
       \Omega_{k+1}(\Psi_k^\top \phi + b_k) = (\Omega_{k+1}\Psi_k^\top)\,\phi
         + \Omega_{k+1} b_k,
 
-    and the stack returns the same numbers up to rounding. Where :math:`\Psi_k` goes
+    and the stack returns the same numbers up to rounding, in the dtype of its inputs
+    (a Linear of wider parameters would have widened them). Where :math:`\Psi_k` goes
     from :math:`m_k` features to :math:`l_k` outputs that takes
     :math:`m_k m_{k+1}` multiplications in place of :math:`m_k l_k + l_k m_{k+1}`:
     fewer for wide layers, more for narrow ones. The report tells which.
@@ -173,7 +175,7 @@ def bundle_stack(
 
 def _check_modules(modules: Sequence[SNNKDense | nnx.Linear]) -> None:
     kinds = [type(module).__name__ for module in modules]
-    known = all(isinstance(module, SNNKDense | nnx.Linear) for module in modules)
+    known = all(isinstance(m, SNNKDense) or is_plain(m) for m in modules)
     if not known or not any(isinstance(module, SNNKDense) for module in modules):
         raise ValueError(
             "modules must be SNNKDense and nnx.Linear, at least one SNNKDense. "

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from snnk_jax.nn._variables import AdapterParam, RandomProjection
+from snnk_jax.nn._variables import AdapterParam, InputStatistic, RandomProjection
 
-HEAD = nnx.PathContains("head")
+HEAD = nnx.All(nnx.Param, nnx.PathContains("head"))
 """NNX filter of the parameters that belong to the task."""
 
-_TRAINABLE = nnx.Any(AdapterParam, HEAD)
+_PARAMETERS = nnx.Any(nnx.Param, InputStatistic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +38,15 @@ class ParameterCounts:
 
 
 def count_parameters(
-    model: nnx.Module, trainable: Any = _TRAINABLE, *, head: Any = HEAD
+    model: nnx.Module, trainable: Any = None, *, head: Any = HEAD
 ) -> ParameterCounts:
     """Counts the parameters of a model, or of its shapes under ``nnx.eval_shape``.
 
+    Random streams, batch statistics and other state are no parameters.
+
     Args:
       model: any NNX model.
-      trainable: NNX filter of the variables that are trained; by default adapters and
+      trainable: NNX filter of the variables that are trained; None means adapters and
         head.
       head: NNX filter of the head.
 
@@ -57,7 +59,11 @@ def count_parameters(
       >>> snnk.nn.count_parameters(bert).head
       1538
     """
-    _, params, projections, frozen = nnx.split(model, trainable, RandomProjection, ...)
+    if trainable is None:
+        trainable = _adapters_and(head)
+    _, params, projections, frozen, _ = nnx.split(
+        model, trainable, RandomProjection, _PARAMETERS, ...
+    )
     heads = nnx.filter_state(params, head)
     return ParameterCounts(
         trained=_size(params) - _size(heads),
@@ -68,7 +74,7 @@ def count_parameters(
 
 
 def parameter_groups(
-    model: nnx.Module, trainable: Any = _TRAINABLE
+    model: nnx.Module, trainable: Any = None, *, head: Any = HEAD
 ) -> list[tuple[str, int, int]]:
     """Rows ``(group, parameters, trained parameters)``, in model order.
 
@@ -84,7 +90,10 @@ def parameter_groups(
       >>> sorted(snnk.nn.parameter_groups(model))[0]
       ('base_module', 40, 0)
     """
-    _, params, rest = nnx.split(model, trainable, ...)
+    if trainable is None:
+        trainable = _adapters_and(head)
+    kept = nnx.Any(RandomProjection, _PARAMETERS)
+    _, params, rest, _ = nnx.split(model, trainable, kept, ...)
     rows: dict[str, list[int]] = {}
     for state, trained in ((params, True), (rest, False)):
         for path, variable in nnx.to_flat_state(state):
@@ -100,12 +109,12 @@ def parameter_groups(
 
 
 def parameter_table(
-    model: nnx.Module, trainable: Any = _TRAINABLE, *, head: Any = HEAD
+    model: nnx.Module, trainable: Any = None, *, head: Any = HEAD
 ) -> str:
     """The text that :func:`print_trainable` prints."""
     counts = count_parameters(model, trainable, head=head)
     lines = [f"{'group':28}{'parameters':>12}{'trained':>12}"]
-    for name, total, trained in parameter_groups(model, trainable):
+    for name, total, trained in parameter_groups(model, trainable, head=head):
         lines.append(f"{name:28}{total:12,}{trained:12,}")
     share = (counts.trained + counts.head) / max(counts.total, 1)
     lines.append(f"{'total':28}{counts.total:12,}{counts.trained + counts.head:12,}")
@@ -117,13 +126,13 @@ def parameter_table(
 
 
 def print_trainable(
-    model: nnx.Module, trainable: Any = _TRAINABLE, *, head: Any = HEAD
+    model: nnx.Module, trainable: Any = None, *, head: Any = HEAD
 ) -> ParameterCounts:
     """Prints what a model trains: by group, with and without the head, and the rest.
 
     Args:
       model: any NNX model, or its shapes.
-      trainable: NNX filter of the variables that are trained; by default adapters and
+      trainable: NNX filter of the variables that are trained; None means adapters and
         head. ``nnx.Param`` for full fine-tuning.
       head: NNX filter of the head.
 
@@ -158,6 +167,10 @@ def print_trainable(
     """
     print(parameter_table(model, trainable, head=head), flush=True)
     return count_parameters(model, trainable, head=head)
+
+
+def _adapters_and(head: Any) -> Any:
+    return nnx.Any(AdapterParam, nnx.All(nnx.Param, head))
 
 
 def _size(state: Any) -> int:

@@ -5,6 +5,7 @@ from flax import nnx
 
 from snnk_jax.calibration import balance
 from snnk_jax.features import FeatureMap
+from snnk_jax.nn._linear import check_plain, sample_rows
 from snnk_jax.nn._projection import Projection, projection_key
 from snnk_jax.ops import contract
 from snnk_jax.typing import Array, Dtype, Float
@@ -94,8 +95,9 @@ class SNNKDense(nnx.Module):
           rngs: random stream ``projection``.
 
         Raises:
-          ValueError: if the Linear has a bias and the feature map cannot carry one, or
-            ``x`` is given for a map that cannot be balanced.
+          ValueError: if ``linear`` is a subclass with a call of its own, has a bias
+            that the feature map cannot carry, or ``x`` is given for a map that cannot
+            be balanced, or has another width.
 
         Example:
           >>> import snnk_jax as snnk
@@ -107,6 +109,8 @@ class SNNKDense(nnx.Module):
           ... ).readout.shape
           (32, 4)
         """
+        check_plain("linear", linear)
+        rows = None if x is None else sample_rows(x, linear)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -119,8 +123,7 @@ class SNNKDense(nnx.Module):
         )
         kernel = linear.kernel[...]
         bias = None if linear.bias is None else linear.bias[...]
-        if x is not None:
-            rows = x.reshape(-1, linear.in_features)
+        if rows is not None:
             params = layer.projection.params
             layer.projection.calibrate(balance(features, params, rows, kernel, bias))
         psi = features.psi(layer.projection.params, kernel, bias)

@@ -8,9 +8,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from snnk_jax import projections
+from snnk_jax.features._base import accumulation_dtype
+from snnk_jax.nn._linear import check_plain
 from snnk_jax.nn._projection import Drawn, projection_key
 from snnk_jax.nn._variables import AdapterParam
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
@@ -24,7 +27,9 @@ class DoRA(nnx.Module):
 
     with the norm of each column, through which no gradient flows (section 4.3 of the
     paper). A is ``[d, r]``, B ``[r, o]`` and zero at the start, g the norms of the
-    columns of W: ``r (d + o) + o`` trained parameters.
+    columns of W: ``r (d + o) + o`` trained parameters. The matrix is made and measured
+    in the wider of the dtypes of W and of the parameters. A column of zeros has no
+    direction to keep, and stays zero.
 
     Args:
       base_module: the Linear.
@@ -33,7 +38,7 @@ class DoRA(nnx.Module):
       rngs: random stream ``params``.
 
     Raises:
-      ValueError: if ``rank`` is below 1.
+      ValueError: if ``rank`` is below 1, or ``base_module`` no plain ``nnx.Linear``.
 
     References:
       Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
@@ -57,6 +62,7 @@ class DoRA(nnx.Module):
     ):
         if rank < 1:
             raise ValueError(f"rank must be at least 1. Got {rank}.")
+        check_plain("base_module", base_module)
         self.base_module = base_module
         self.rank = rank
         self.param_dtype = param_dtype
@@ -65,19 +71,25 @@ class DoRA(nnx.Module):
         down = init(rngs.params(), (kernel.shape[0], rank), param_dtype)
         self.down = AdapterParam(down)
         self.up = AdapterParam(jnp.zeros((rank, kernel.shape[1]), param_dtype))
-        self.norms = AdapterParam(_column_norms(kernel).astype(param_dtype))
+        self.norms = AdapterParam(_column_norms(kernel, param_dtype))
 
     def _direction(self) -> tuple[Float[Array, "d o"], Float[Array, " o"]]:
         """``W + A B`` and what its columns are multiplied by."""
         kernel = self.base_module.kernel[...]
         change = jnp.matmul(self.down[...], self.up[...])
-        changed = kernel + change.astype(kernel.dtype)
-        norms = jax.lax.stop_gradient(_column_norms(changed))
-        return changed, self.norms[...].astype(norms.dtype) / norms
+        # NumPy's, which the switch for strict promotion leaves alone.
+        wide = np.promote_types(kernel.dtype, change.dtype)
+        changed = kernel.astype(wide) + change.astype(wide)
+        # Rounded like those they are compared with: equal at the start.
+        norms = jax.lax.stop_gradient(_column_norms(changed, self.param_dtype))
+        norms = jnp.where(norms > 0, norms, jnp.ones_like(norms))
+        accurate = accumulation_dtype(wide)
+        return changed, self.norms[...].astype(accurate) / norms.astype(accurate)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
         changed, scale = self._direction()
-        dtype = self.base_module.dtype or jnp.promote_types(x.dtype, changed.dtype)
+        kernel = self.base_module.kernel
+        dtype = self.base_module.dtype or jnp.promote_types(x.dtype, kernel.dtype)
         y = jnp.matmul(x.astype(dtype), changed.astype(dtype))
         y = y * _row(scale.astype(dtype), y)
         if self.base_module.bias is not None:
@@ -87,7 +99,8 @@ class DoRA(nnx.Module):
     def merged(self) -> tuple[Float[Array, "d o"], Float[Array, " o"] | None]:
         """Kernel and bias of the Linear that computes the same."""
         changed, scale = self._direction()
-        return changed * scale[None], _bias(self.base_module)
+        kernel = changed.astype(scale.dtype) * scale[None]
+        return kernel.astype(self.base_module.kernel.dtype), _bias(self.base_module)
 
 
 class VectorBasis(Drawn):
@@ -144,7 +157,7 @@ class VeRA(nnx.Module):
       rngs: random stream ``projection``.
 
     Raises:
-      ValueError: if ``rank`` is below 1.
+      ValueError: if ``rank`` is below 1, or ``base_module`` no plain ``nnx.Linear``.
 
     References:
       Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
@@ -168,6 +181,7 @@ class VeRA(nnx.Module):
     ):
         if rank < 1:
             raise ValueError(f"rank must be at least 1. Got {rank}.")
+        check_plain("base_module", base_module)
         self.base_module = base_module
         self.rank = rank
         self.param_dtype = param_dtype
@@ -209,7 +223,8 @@ class Scaled(nnx.Module):
       param_dtype: storage dtype.
 
     Raises:
-      ValueError: for another ``where``.
+      ValueError: for another ``where``, or if ``base_module`` is no plain
+        ``nnx.Linear``.
 
     References:
       Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
@@ -233,6 +248,7 @@ class Scaled(nnx.Module):
     ):
         if where not in ("output", "input"):
             raise ValueError(f"where must be 'output' or 'input'. Got {where!r}.")
+        check_plain("base_module", base_module)
         self.base_module = base_module
         self.where = where
         self.param_dtype = param_dtype
@@ -254,8 +270,9 @@ class Scaled(nnx.Module):
         return kernel * scale[None], None if bias is None else bias * scale
 
 
-def _column_norms(kernel: Float[Array, "d o"]) -> Float[Array, " o"]:
-    return jnp.sqrt(jnp.sum(kernel * kernel, axis=0))
+def _column_norms(kernel: Float[Array, "d o"], dtype: Dtype) -> Float[Array, " o"]:
+    accurate = kernel.astype(accumulation_dtype(kernel.dtype))
+    return jnp.sqrt(jnp.sum(accurate * accurate, axis=0)).astype(dtype)
 
 
 def _bias(linear: nnx.Linear) -> Float[Array, " o"] | None:

@@ -6,6 +6,7 @@ from snnk_jax.bundling import merge_readout
 from snnk_jax.calibration import balance
 from snnk_jax.features import FeatureMap
 from snnk_jax.nn._dense import SNNKDense
+from snnk_jax.nn._linear import is_plain, sample_rows
 from snnk_jax.typing import Array, Float
 
 
@@ -62,7 +63,7 @@ class SNNKMlp(SNNKDense):
         Raises:
           ValueError: if the attributes are not two Linears one of which reads what the
             other writes, the feature map cannot carry the first one's bias, or ``x`` is
-            given for a map that cannot be balanced.
+            given for a map that cannot be balanced, or has another width.
 
         Example:
           >>> import snnk_jax as snnk
@@ -78,7 +79,7 @@ class SNNKMlp(SNNKDense):
           (80, 32)
         """
         up, down = (getattr(mlp, name, None) for name in (first, second))
-        if not (isinstance(up, nnx.Linear) and isinstance(down, nnx.Linear)):
+        if not (is_plain(up) and is_plain(down)):
             raise ValueError(
                 f"mlp must hold nnx.Linear layers in {first!r} and {second!r}. Got "
                 f"{type(up).__name__} and {type(down).__name__} in "
@@ -89,6 +90,7 @@ class SNNKMlp(SNNKDense):
                 f"{second!r} must read what {first!r} writes. Got widths "
                 f"{down.in_features} and {up.out_features}."
             )
+        rows = None if x is None else sample_rows(x, up)
         block = cls(
             up.in_features,
             down.out_features,
@@ -101,8 +103,7 @@ class SNNKMlp(SNNKDense):
         )
         kernel = up.kernel[...]
         bias = None if up.bias is None else up.bias[...]
-        if x is not None:
-            rows = x.reshape(-1, up.in_features)
+        if rows is not None:
             params = block.projection.params
             block.projection.calibrate(balance(features, params, rows, kernel, bias))
         psi = features.psi(block.projection.params, kernel, bias)

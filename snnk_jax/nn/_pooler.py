@@ -11,6 +11,7 @@ from snnk_jax.calibration import balance, fit_linear
 from snnk_jax.features import FeatureMap
 from snnk_jax.features._towers import TowerFeatures
 from snnk_jax.nn._dense import SNNKDense
+from snnk_jax.nn._linear import is_plain, sample_rows
 from snnk_jax.nn._mlp import SNNKMlp
 from snnk_jax.surgery import SwapRule, find_modules, swap_modules
 from snnk_jax.typing import Array, Float
@@ -75,24 +76,29 @@ class SNNKPooler(SNNKDense):
 
         Raises:
           ValueError: for another ``init``, no ``nnx.Linear`` in the pooler, samples
-            that are missing, not finite or of no use, or a bias that the map cannot
-            carry.
+            that are missing, of another width, not finite or of no use, or a bias that
+            the map cannot carry.
         """
         dense = (
             pooler if isinstance(pooler, nnx.Linear) else getattr(pooler, linear, None)
         )
-        if not isinstance(dense, nnx.Linear):
+        if not is_plain(dense):
             raise ValueError(
                 f"pooler must be an nnx.Linear or hold one in {linear!r}. Got "
                 f"{type(pooler).__name__} with {type(dense).__name__}."
             )
         if init not in _INITS:
             raise ValueError(f"init must be one of {', '.join(_INITS)}. Got {init!r}.")
-        if init != "psi" and (init == "samples") != (x is not None):
+        balanced = isinstance(features, TowerFeatures)
+        useful = {"psi": balanced or x is None, "samples": True, "random": x is None}
+        if not useful[init] or (init == "samples" and x is None):
             raise ValueError(
                 "x must be given for init='samples', and is of no use for "
-                f"init='random'. Got {'no ' if x is None else ''}x and {init!r}."
+                "init='random' nor, with features that cannot be balanced, for "
+                f"init='psi'. Got {'no ' if x is None else ''}x and {init!r} with "
+                f"{type(features).__name__}."
             )
+        rows = None if x is None else sample_rows(x, dense)
         layer = cls(
             dense.in_features,
             dense.out_features,
@@ -107,19 +113,17 @@ class SNNKPooler(SNNKDense):
             return layer
         kernel = dense.kernel[...]
         bias = None if dense.bias is None else dense.bias[...]
-        if x is not None:
-            x = x.reshape(-1, dense.in_features)
-            if isinstance(features, TowerFeatures):
-                params = layer.projection.params
-                layer.projection.calibrate(balance(features, params, x, kernel, bias))
+        if rows is not None and balanced:
+            params = layer.projection.params
+            layer.projection.calibrate(balance(features, params, rows, kernel, bias))
         if init == "psi":
             layer.readout[...] = features.psi(layer.projection.params, kernel, bias)
             return layer
-        assert x is not None
+        assert rows is not None
         assert layer.bias is not None
         module: Any = pooler
-        targets = jnp.tanh(dense(x)) if module is dense else module(x)
-        phi = layer.projection(x)
+        targets = jnp.tanh(dense(rows)) if module is dense else module(rows)
+        phi = layer.projection(rows)
         centre, level = (jnp.mean(a, axis=0, keepdims=True) for a in (phi, targets))
         readout, _ = fit_linear(phi - centre, targets - level)
         layer.readout[...] = readout.astype(dense.param_dtype)
@@ -141,9 +145,11 @@ def merge_pooler(
 
     .. math:: (\Phi(x)\Psi + b)\,W + b' = \Phi(x)\,(\Psi W) + (b W + b')
 
-    exactly: both are linear in the features. The head becomes an :class:`SNNKMlp` with
-    one matrix ``[m, num_outputs]``, the pooler a :class:`MergedPooler` without
-    parameters. Of BERT-base's 590,592 numbers of the pooler none is left.
+    exactly: both are linear in the features. (Outputs have the dtype of the features,
+    which a Linear of wider parameters would have widened.) The head becomes an
+    :class:`SNNKMlp` with one matrix ``[m, num_outputs]``, the pooler a
+    :class:`MergedPooler` without parameters. Of BERT-base's 590,592 numbers of the
+    pooler none is left.
 
     The model must apply the head to what the pooler returns. Dropout between the two
     is off at inference, where the merged model returns the same up to rounding; when
@@ -181,7 +187,7 @@ def merge_pooler(
     """
     found = find_modules(model)
     old, linear = found.get(pooler), found.get(head)
-    if not (isinstance(old, SNNKDense) and isinstance(linear, nnx.Linear)):
+    if not (isinstance(old, SNNKDense) and is_plain(linear)):
         raise ValueError(
             f"model must have an SNNKPooler at {pooler!r} and an nnx.Linear at "
             f"{head!r}. Got {type(old).__name__} and {type(linear).__name__}."

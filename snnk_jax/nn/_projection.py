@@ -1,7 +1,7 @@
 """Frozen randomness as a module, and a feature map with it."""
 
 import abc
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,8 @@ def redraw(model: nnx.Module, *, rngs: nnx.Rngs) -> Any:
       rngs: random stream ``projection``, asked in model order.
 
     Raises:
-      ValueError: if the model has nothing to redraw.
+      ValueError: if the model has nothing to redraw, or projections with a draw for
+        each layer of a scan, of which a key stands for one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,7 +151,7 @@ def redraw(model: nnx.Module, *, rngs: nnx.Rngs) -> Any:
       False
     """
 
-    def random(module: Any) -> bool:
+    def random(module: Any) -> TypeGuard[Drawn]:
         return isinstance(module, Drawn) and not module.trainable
 
     # Asked in model order, before the map, whose own order is no promise.
@@ -158,6 +159,12 @@ def redraw(model: nnx.Module, *, rngs: nnx.Rngs) -> Any:
     keys = {name: projection_key(rngs) for name, module in found if random(module)}
     if not keys:
         raise ValueError("model must have frozen randomness to redraw. Got none.")
+
+    stacked = [name for name, m in found if random(m) and m.key[...].ndim != 1]
+    if stacked:
+        raise ValueError(
+            f"every projection must have one key to be redrawn. Got stacks: {stacked}."
+        )
 
     def visit(parts: tuple[Any, ...], node: Any) -> Any:
         if path_name(parts) in keys and random(node):

@@ -14,6 +14,7 @@ from snnk_jax.activations import Activation
 from snnk_jax.activations import get as get_activation
 from snnk_jax.diagnostics import LayerReport, layer_report
 from snnk_jax.features._base import accumulation_dtype
+from snnk_jax.nn._linear import is_plain
 from snnk_jax.surgery import SwapRule, find_modules, swap_modules
 from snnk_jax.typing import Array
 
@@ -202,7 +203,9 @@ def model_report(
         for path in activations
     ]
     linears = [
-        name for name, module in find_modules(model).items() if name and _plain(module)
+        name
+        for name, module in find_modules(model).items()
+        if name and is_plain(module)
     ]
     exist = f"the Linear modules are {linears}."
     if not rules:
@@ -249,10 +252,3 @@ def model_report(
         )
         shapes[name], samples[name] = kernel.shape, len(x)
     return ModelReport(layers, shapes, samples, tolerance)
-
-
-def _plain(module: nnx.Module) -> bool:
-    """Whether a module is ``x @ kernel + bias`` and nothing more."""
-    return isinstance(module, nnx.Linear) and (
-        type(module).__call__ is nnx.Linear.__call__
-    )

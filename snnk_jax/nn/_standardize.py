@@ -15,30 +15,47 @@ from snnk_jax.typing import Array
 
 
 class _Measuring(nnx.Module):
-    """Stands in for an adapter and keeps the mean and deviation of its inputs."""
+    """Stands in for an adapter and measures the inputs of all its calls."""
 
     def __init__(self, adapter: SNNKAdapter, where: np.ndarray | Array | None):
         self.adapter = adapter
         self.where = nnx.data(None if where is None else jnp.asarray(where))
+        dtype = accumulation_dtype(adapter.param_dtype)
+        self.count = InputStatistic(jnp.zeros((), dtype))
+        self.mean = InputStatistic(jnp.zeros((adapter.dim,), dtype))
+        self.variance = InputStatistic(jnp.zeros((adapter.dim,), dtype))
 
     def delta(self, x: Array) -> Array:
-        z = x.astype(accumulation_dtype(x.dtype))
+        z = x.astype(self.mean.dtype)
         weight = jnp.ones(x.shape[:-1], z.dtype)
         if self.where is not None:
             shape = self.where.shape + (1,) * (x.ndim - 1 - self.where.ndim)
             weight = weight * self.where.reshape(shape).astype(z.dtype)
         axes = tuple(range(x.ndim - 1))
-        total = jnp.sum(weight)
-        mean = jnp.sum(weight[..., None] * z, axes) / total
+        count = jnp.sum(weight)
+        mean = jnp.sum(weight[..., None] * z, axes) / count
         centred = z - mean.reshape((1,) * len(axes) + (-1,))
-        variance = jnp.sum(weight[..., None] * centred**2, axes) / total
+        variance = jnp.sum(weight[..., None] * centred**2, axes) / count
+        # With what earlier calls of a shared adapter measured, by Chan's formula.
+        total = self.count[...] + count
+        share = count / total
+        step = mean - self.mean[...]
+        self.mean[...] = self.mean[...] + share * step
+        within = (1 - share) * self.variance[...] + share * variance
+        self.variance[...] = within + share * (1 - share) * step**2
+        self.count[...] = total
+        self.settle()
+        return self.adapter.delta(x)
+
+    def settle(self) -> None:
+        """Writes what was measured so far into the adapter."""
+        variance = self.variance[...]
         # A coordinate that never changes carries nothing: it stays as small as it is.
         deviation = jnp.sqrt(jnp.where(variance > 0, variance, 1))
         for variable, value in zip(
-            self.adapter.statistics, (mean, deviation), strict=True
+            self.adapter.statistics, (self.mean[...], deviation), strict=True
         ):
             variable[...] = value.astype(variable.dtype)
-        return self.adapter.delta(x)
 
     def __call__(self, x: Array) -> Array:
         return x + self.delta(x)
@@ -54,8 +71,9 @@ def standardize(
 
     One call of the model on samples measures, for every
     :class:`~snnk_jax.nn.SNNKAdapter` made with ``standardize=True``, the mean and the
-    standard deviation of each coordinate of its inputs. Do it before training: adapters
-    are the identity then, and the statistics those of the base model.
+    standard deviation of each coordinate of its inputs, in all calls of one that
+    several places share. Do it before training: adapters are the identity then, and the
+    statistics those of the base model.
 
     Args:
       model: any NNX model.
@@ -92,11 +110,7 @@ def standardize(
         )
 
     def blank(parts: tuple[Any, ...], node: Any) -> Any:
-        if path_name(parts) in names and asks(node):
-            for variable in node.statistics:
-                variable[...] = jnp.full_like(variable[...], jnp.nan)
-            return _Measuring(node, where)
-        return node
+        return _Measuring(node, where) if path_name(parts) in names else node
 
     taps = nnx.recursive_map(blank, nnx.clone(model))
     graphdef, state = nnx.split(taps)
@@ -108,7 +122,13 @@ def standardize(
         return nnx.state(model, InputStatistic)
 
     measured = measure(state, args)
-    if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(measured)):
+    called = [
+        leaf
+        for path, leaf in nnx.to_flat_state(measured)
+        if path[-1] == "count" and leaf[...] > 0
+    ]
+    finite = all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(measured))
+    if len(called) < len(names) or not finite:
         raise ValueError(
             "inputs of every adapter must be measured and finite. Got a model that "
             f"calls only some of {sorted(names)}, or inputs that are not finite."

@@ -121,3 +121,46 @@ def test_made_up_text_tells_its_class_by_one_word():
     np.testing.assert_array_equal((batch["tokens"] == 7).any(1), batch["label"] == 0)
     assert not batch["tokens"][~batch["mask"]].any()
     assert 0 < batch["label"].mean() < 1
+
+
+def rewrite(folder, text):
+    data = gzip.compress(text.encode()) if isinstance(text, str) else text
+    (folder / "RTE" / "train.tsv.gz").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("task", "label"), [("mrpc", "7"), ("mrpc", "-1"), ("stsb", "nan"), ("cola", "2")]
+)
+def test_labels_that_the_task_does_not_have_are_refused(task, label, tmp_path):
+    own = glue.TASKS[task]
+    names = {
+        "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n",
+        "stsb": "score\tsentence1\tsentence2\n",
+        "cola": "",
+    }
+    lines = {
+        "mrpc": f"{label}\t1\t2\ta\tb\n",
+        "stsb": f"{label}\ta\tb\n",
+        "cola": f"x\t{label}\t\ta\n",
+    }
+    (tmp_path / own.folder).mkdir()
+    data = gzip.compress((names[task] + lines[task]).encode())
+    (tmp_path / own.folder / "train.tsv.gz").write_bytes(data)
+    with pytest.raises(ValueError, match="must hold texts and labels as GLUE"):
+        glue.read(own, str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("index\tsentence1\tsentence2\tlabel\n", "must hold examples. Got none"),
+        (b"no gzip", "must be whole gzipped text"),
+        (gzip.compress(b"index" * 1000)[:-20], "must be whole gzipped text"),
+        (gzip.compress("Ä".encode("latin1")), "must be whole gzipped text"),
+    ],
+)
+def test_files_without_text_are_refused_by_name(folder, content, message):
+    rewrite(folder, content)
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    assert "train.tsv.gz" in str(error.value)

@@ -40,3 +40,15 @@ def test_a_failed_job_keeps_those_before_it(tmp_path):
 def test_names_must_differ(tmp_path):
     with pytest.raises(ValueError, match=r"names of their own. Got \['a'\] twice"):
         run_jobs(tmp_path, [counted([], "a"), counted([], "a")], "test")
+
+
+def test_a_second_process_is_refused(tmp_path):
+    """Both would write the file anew, and one lose what it measured."""
+
+    def meanwhile():
+        with pytest.raises(ValueError, match="one process at a time"):
+            run_jobs(tmp_path, [counted([], "b")], "test")
+        return {}
+
+    assert run_jobs(tmp_path, [("a", meanwhile)], "test") == [{"name": "a"}]
+    run_jobs(tmp_path, [counted([], "b")], "test")

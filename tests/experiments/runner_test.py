@@ -1,11 +1,13 @@
+import concurrent.futures
 import json
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from experiments import load_config
+from experiments import load_config, runner
 from experiments.metrics import read_jsonl
 from experiments.runner import run
 
@@ -139,3 +141,44 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(arguments, message, tmp
     assert not list(tmp_path.rglob("checkpoints"))
     if message.startswith("error:"):
         assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_resumed_from_the_same_settings_alone(tmp_path):
+    other = load_config(QUICK, {"model.dropout_rate": 0.3})
+    runner.claim(tmp_path / "a", other)
+    config = load_config(QUICK, {"resume": str(tmp_path / "a")})
+    with pytest.raises(ValueError, match=r"config.resume must .*model\.dropout_rate"):
+        run(config, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_of_two_processes_with_other_settings_one_gets_the_folder(tmp_path):
+    configs = [load_config(QUICK, {"optim.steps": steps}) for steps in (2, 3)]
+    barrier = threading.Barrier(2)
+
+    def claim(config):
+        barrier.wait()
+        try:
+            runner.claim(tmp_path, config)
+        except ValueError as error:
+            return str(error)
+        return config.optim.steps
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(claim, configs))
+    (steps,) = [o for o in outcomes if isinstance(o, int)]
+    (refusal,) = [o for o in outcomes if isinstance(o, str)]
+    assert "optim.steps" in refusal
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["optim"]["steps"] == steps
+
+
+def test_runs_trained_together_are_not_taken_for_those_of_another_recipe(tmp_path):
+    config = load_config(QUICK)
+    one, two = (runner.recipe_for(config, 0.1, seed, "val") for seed in (0, 7))
+    summary = {"recipe": one.record(), "score": 0.5}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    _, result = runner._read_summary(tmp_path, None, one)
+    assert result["score"] == 0.5
+    with pytest.raises(ValueError, match="a run of the same recipe.*seed"):
+        runner._read_summary(tmp_path, None, two)

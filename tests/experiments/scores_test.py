@@ -47,3 +47,15 @@ def test_every_metric_is_among_the_scores():
     classes = scores(rng.normal(size=(9, 2)), rng.integers(0, 2, 9))
     values = scores(rng.normal(size=(9, 1)), rng.normal(size=9))
     assert {*classes, *values} == set(METRICS)
+
+
+def test_constant_labels_have_no_correlation():
+    found = scores(np.arange(3.0)[:, None], np.full(3, 0.5))
+    assert found == {"spearman": 0.0, "pearson": 0.0}
+
+
+@pytest.mark.parametrize("labels", [np.array([0, 1]), np.array([0.1, 0.2])])
+def test_nan_is_no_prediction(labels):
+    """The largest of NaN logits is the first: class 0 by accident."""
+    with pytest.raises(ValueError, match="outputs must be finite. Got 4"):
+        scores(np.full((2, 2), np.nan), labels)

@@ -548,3 +548,33 @@ def test_sentence_embeddings_of_minilm_rank_sts_b_as_published(data_dir):
     similarity = np.sum(first * second, axis=1)
     correlation = scipy.stats.spearmanr(similarity, scores).statistic
     assert correlation == pytest.approx(0.8672, abs=5e-4)
+
+
+def test_a_head_has_the_outputs_of_the_file_by_default(tmp_path):
+    write(tmp_path, make_tensors() | make_heads())
+    model, report = load_bert(tmp_path)
+    assert model.config.num_outputs == 5
+    assert report.fresh == ()
+    np.testing.assert_array_equal(
+        model.head.kernel[...], make_heads()["classifier.weight"].T
+    )
+
+
+def test_a_head_of_the_pooler_is_not_put_behind_a_mean(tmp_path):
+    write(tmp_path, make_tensors() | make_heads())
+    _, report = load_bert(tmp_path, pool="mean")
+    assert report.fresh == ("head.bias", "head.kernel")
+    assert set(report.ignored) >= CLASSIFIER
+
+
+def test_more_layers_than_the_file_holds_are_refused_unbuilt(tmp_path):
+    write(tmp_path, make_tensors(), CONFIG | {"num_hidden_layers": 30})
+    with pytest.raises(ValueError, match="tensors holds no more. Got"):
+        load_bert(tmp_path)
+
+
+def test_a_large_config_is_refused_unread(tmp_path):
+    write(tmp_path, make_tensors())
+    (tmp_path / "config.json").write_text('{"x": "' + "y" * 2**20 + '"}')
+    with pytest.raises(ValueError, match="must be at most 1048576 bytes"):
+        load_bert(tmp_path)

@@ -139,14 +139,14 @@ def test_only_a_linear_head_has_parameters():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size must be at least 1. Got 0"),
-        ({"depth": 0}, "depth must be at least 1. Got 0"),
-        ({"num_heads": 0}, "num_heads must be at least 1. Got 0"),
-        ({"mlp_dim": -1}, "mlp_dim must be at least 1. Got -1"),
-        ({"vocab_size": 0}, "vocab_size must be at least 1. Got 0"),
-        ({"max_length": 0}, "max_length must be at least 1. Got 0"),
-        ({"num_types": 0}, "num_types must be at least 1. Got 0"),
-        ({"num_outputs": 0}, "num_outputs must be at least 1. Got 0"),
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1. Got 0"),
+        ({"depth": 0}, "depth must be a whole number of at least 1. Got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number of at least 1. Got 0"),
+        ({"mlp_dim": -1}, "mlp_dim must be a whole number of at least 1. Got -1"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number of at least 1. Got 0"),
+        ({"max_length": 0}, "max_length must be a whole number of at least 1. Got 0"),
+        ({"num_types": 0}, "num_types must be a whole number of at least 1. Got 0"),
+        ({"num_outputs": 0}, "num_outputs must be a whole number of at least 1. Got 0"),
         ({"num_heads": 3}, "hidden_size must be divisible by num_heads. Got 8 and 3"),
         ({"dropout_rate": 1.0}, r"dropout_rate must be in \[0, 1\). Got 1.0"),
         (

@@ -86,7 +86,7 @@ def test_the_config_beside_a_vocabulary_says_whether_case_stays(path):
     lower = BertTokenizer(path.parent, lowercase=True)
     assert lower(["DOG"]).tokens.tolist() == [[CLS, ID["dog"], SEP]]
     config.write_text(json.dumps({"do_lower_case": "no"}))
-    with pytest.raises(ValueError, match="do_lower_case must be true or false"):
+    with pytest.raises(ValueError, match="must have true or false for lowercase"):
         BertTokenizer(path)
 
 
@@ -164,4 +164,41 @@ def test_mistakes_are_told(path):
 def test_without_the_library_it_says_what_to_install(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r'pip install "snnk_jax\[text\]"'):
+        BertTokenizer(path)
+
+
+def test_the_config_beside_a_vocabulary_says_what_becomes_of_accents(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "vocab.txt"
+    words = [*WORDS[:5], "über", "uber", "中国", "中", "国"]
+    path.write_text("\n".join(words), "utf-8")
+    config = {"strip_accents": False, "tokenize_chinese_chars": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert BertTokenizer(path)(["Über 中国"]).tokens.tolist() == [[CLS, 5, 7, SEP]]
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert BertTokenizer(path)(["Über 中国"]).tokens.tolist() == [[CLS, 6, 8, 9, SEP]]
+
+
+def test_lowercase_is_no_argument_for_a_tokenizer_json(path, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(BertTokenizer(path)._tokenizer.to_str())
+    with pytest.raises(ValueError, match="lowercase must be None for a tokenizer.json"):
+        BertTokenizer(file, lowercase=False)
+
+
+def test_a_tokenizer_json_must_frame_texts_and_have_small_ids(path, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    whole = json.loads(BertTokenizer(path)._tokenizer.to_str())
+    file.write_text(json.dumps(whole | {"post_processor": None}))
+    with pytest.raises(ValueError, match=r"\[CLS\] and \[SEP\] around a text"):
+        BertTokenizer(file)
+    whole["model"]["vocab"]["bark"] = 2**32 - 1
+    file.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="ids of 32 bits. Got 4294967295"):
+        BertTokenizer(file)
+
+
+def test_a_vocabulary_in_another_encoding_is_refused(path):
+    path.write_bytes("[PAD]\nÄ".encode("latin1"))
+    with pytest.raises(ValueError, match=r"text in UTF-8. Got .*vocab.txt"):
         BertTokenizer(path)

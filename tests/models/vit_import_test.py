@@ -1,6 +1,8 @@
 import dataclasses
+import io
 import json
 import pathlib
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -701,3 +703,15 @@ def test_from_pretrained_of_a_folder_without_weights(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"Got .'pytorch_model.bin'. in"):
         ViT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_that_unpacks_more_than_is_asked_for_is_refused(tmp_path, method):
+    """Of bzip2 and LZMA, zipfile unpacks whole chunks: 1 GB from 665 bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(3))
+    path = tmp_path / "vit.npz"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("Transformer/encoder_norm/scale.npy", buffer.getvalue())
+    with pytest.raises(ValueError, match="must be stored or deflated. Got compression"):
+        import_vit(path)

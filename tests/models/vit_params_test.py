@@ -222,3 +222,42 @@ def test_a_failed_write_keeps_the_old_file(model, path, monkeypatch):
 def test_a_write_leaves_nothing_else_behind(model, path):
     save_vit(path, model, dtype="float16")
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"num_heads": 1}, {"depth": 2}, {"pool": "cls"}, {"patch_size": 2}]
+)
+def test_what_the_weights_fix_is_not_overridden(path, overrides):
+    """Another number of heads has parameters of the same shapes."""
+    with pytest.raises(ValueError, match="overrides must be among"):
+        load_vit(path, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 8.0}, "hidden_size must be a whole number"),
+        ({"depth": True}, "depth must be a whole number"),
+        ({"num_classes": 1.5}, "num_classes must be a whole number"),
+        ({"image_size": [8.0, 8.0]}, "image_size must be one or two whole numbers"),
+        ({"image_size": [8]}, "image_size must be one or two whole numbers"),
+        ({"remat": "yes"}, "remat must be true or false"),
+    ],
+)
+def test_sizes_of_a_header_are_whole_numbers(path, change, message, unchecked):
+    with safe_open(path, framework="numpy") as file:
+        config = json.loads(file.metadata()["config"])
+    rewrite(path, config=json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        load_vit(path)
+
+
+def test_a_header_does_not_make_the_reader_build_what_is_not_there(path):
+    with safe_open(path, framework="numpy") as file:
+        config = json.loads(file.metadata()["config"])
+    rewrite(path, config=json.dumps(config | {"depth": 10**9}))
+    with pytest.raises(ValueError, match="tensors holds no more. Got"):
+        load_vit(path)
+    rewrite(path, config="[" * 100_000)
+    with pytest.raises(ValueError, match="header must hold"):
+        load_vit(path)

@@ -76,14 +76,17 @@ def test_mean_pool_drops_the_class_token_and_its_position():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size must be at least 1. Got 0"),
-        ({"depth": 0}, "depth must be at least 1. Got 0"),
-        ({"num_heads": 0}, "num_heads must be at least 1. Got 0"),
-        ({"mlp_dim": -1}, "mlp_dim must be at least 1. Got -1"),
-        ({"patch_size": 0}, "patch_size must be at least 1. Got 0"),
-        ({"image_size": 0}, "image_size must be at least 1. Got 0"),
-        ({"channels": 0}, "channels must be at least 1. Got 0"),
-        ({"num_classes": 0}, "num_classes must be at least 1. Got 0"),
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1. Got 0"),
+        ({"depth": 0}, "depth must be a whole number of at least 1. Got 0"),
+        ({"num_heads": 0}, "num_heads must be a whole number of at least 1. Got 0"),
+        ({"mlp_dim": -1}, "mlp_dim must be a whole number of at least 1. Got -1"),
+        ({"patch_size": 0}, "patch_size must be a whole number of at least 1. Got 0"),
+        (
+            {"image_size": 0},
+            "image_size must be one or two whole numbers of at least 1. Got 0",
+        ),
+        ({"channels": 0}, "channels must be a whole number of at least 1. Got 0"),
+        ({"num_classes": 0}, "num_classes must be a whole number of at least 1. Got 0"),
         ({"num_heads": 3}, "hidden_size must be divisible by num_heads. Got 16 and 3"),
         (
             {"image_size": (8, 10)},

@@ -474,7 +474,10 @@ def test_json_that_is_too_large_is_not_read(tmp_path, tensors, name):
         save_file(tensors, tmp_path / "model.safetensors")
     with open(tmp_path / name, "wb") as file:
         file.truncate(2**31)
-    with bounded(), pytest.raises(ValueError, match="must be below .* bytes. Got 2147"):
+    with (
+        bounded(),
+        pytest.raises(ValueError, match="must be at most .* bytes. Got 2147"),
+    ):
         load_bert(tmp_path)
 
 

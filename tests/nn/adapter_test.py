@@ -214,3 +214,12 @@ def test_trained_directions_are_not_redrawn():
     np.testing.assert_array_equal(old.values["omega"][...], new.values["omega"][...])
     with pytest.raises(ValueError, match="frozen randomness to redraw"):
         snnk.nn.redraw(ADAPTERS["bottleneck"](), rngs=nnx.Rngs(0))
+
+
+def test_a_parallel_adapter_does_not_broadcast():
+    adapter = snnk.nn.BottleneckAdapter(8, 2, rngs=nnx.Rngs(0))
+    beside = snnk.nn.Adapted(nnx.Linear(8, 1, rngs=nnx.Rngs(1)), adapter, parallel=True)
+    with pytest.raises(
+        ValueError, match=r"the shape of what .* \(5, 1\). Got \(5, 8\)"
+    ):
+        beside(jnp.ones((5, 8)))

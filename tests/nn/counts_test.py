@@ -88,3 +88,29 @@ def test_shapes_at_the_size_of_base_are_enough(family, num_features, trained):
 
     counts = snnk.nn.count_parameters(nnx.eval_shape(build))
     assert (counts.trained, counts.head) == (trained, 768 * 2 + 2)
+
+
+def test_state_that_is_no_parameter_does_not_count():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.head = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+            self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(1))
+            self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(2))
+
+    counts = snnk.nn.count_parameters(Model())
+    assert (counts.head, counts.frozen, counts.total) == (40, 16, 56)
+    assert sum(row[1] for row in snnk.nn.parameter_groups(Model())) == 56
+
+
+def test_a_merged_head_trains_its_matrix_and_no_directions():
+    features = snnk.features.ArcCosine(num_features=64)
+    model = adapted()
+    model.pooler = snnk.nn.SNNKPooler(16, 16, features=features, rngs=nnx.Rngs(0))
+    counts = snnk.nn.count_parameters(snnk.nn.merge_pooler(model))
+    assert counts.head == 64 * 3 + 3
+    assert counts.projections == 4 * (4 * 16 + 2) + 64 * 16 + 2
+
+
+def test_another_head_is_trained_by_default():
+    counts = snnk.nn.count_parameters(adapted(), head=nnx.PathContains("pooler"))
+    assert (counts.trained, counts.head) == (4 * 5 * 16, 16 * 16 + 16)

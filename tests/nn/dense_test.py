@@ -150,3 +150,38 @@ def test_from_linear_balances_to_samples():
             x=x,
             rngs=nnx.Rngs(1),
         )
+
+
+def test_samples_of_another_width_are_refused(unchecked):
+    """Not reshaped into rows that no input ever was."""
+    features = snnk.features.URF(activation="cos", num_features=8)
+    x = jnp.ones((12, 6))
+    with pytest.raises(ValueError, match=r"x must hold inputs of width 4. Got shape"):
+        snnk.nn.SNNKDense.from_linear(
+            nnx.Linear(4, 3, rngs=nnx.Rngs(0)), features=features, x=x, rngs=nnx.Rngs(1)
+        )
+    with pytest.raises(ValueError, match=r"x must hold inputs of width 4. Got shape"):
+        snnk.nn.SNNKPooler.from_pooler(
+            *(nnx.Linear(4, 4, rngs=nnx.Rngs(0)),),
+            features=features,
+            init="samples",
+            x=x,
+            rngs=nnx.Rngs(1),
+        )
+
+
+def test_a_linear_with_more_inside_is_refused(unchecked):
+    """LoRALinear is an nnx.Linear by class, and adds to what one computes."""
+    lora = nnx.LoRALinear(8, 8, lora_rank=2, rngs=nnx.Rngs(0))
+    features = snnk.features.URF(activation="cos", num_features=8)
+    layer = snnk.nn.SNNKDense(8, 8, features=features, rngs=nnx.Rngs(1))
+    rngs = nnx.Rngs(2)
+    with pytest.raises(ValueError, match=r"linear must be an nnx.Linear .*LoRALinear"):
+        snnk.nn.SNNKDense.from_linear(lora, features=features, rngs=rngs)
+    with pytest.raises(ValueError, match=r"pooler must be .*LoRALinear"):
+        snnk.nn.SNNKPooler.from_pooler(lora, features=features, rngs=rngs)
+    with pytest.raises(ValueError, match=r"modules must be .*LoRALinear"):
+        snnk.nn.bundle_stack([layer, lora])
+    model = nnx.Sequential(layer, lora)
+    with pytest.raises(ValueError, match=r"nnx.Linear at 'layers/1'.*LoRALinear"):
+        snnk.nn.merge_pooler(model, pooler="layers/0", head="layers/1")

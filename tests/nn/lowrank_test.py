@@ -166,3 +166,51 @@ def test_computes_in_the_dtype_of_its_linear(name, dtype):
 def test_mistakes_are_told(build, message, unchecked):
     with pytest.raises(ValueError, match=message):
         build(make_linear())
+
+
+class Doubled(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: nnx.LinearGeneral(DIM, (2, 2), rngs=nnx.Rngs(0)),
+        lambda: nnx.Conv(DIM, OUT, (3,), rngs=nnx.Rngs(0)),
+        lambda: Doubled(DIM, OUT, rngs=nnx.Rngs(0)),
+        lambda: nnx.LoRALinear(DIM, OUT, lora_rank=2, rngs=nnx.Rngs(0)),
+    ],
+)
+def test_what_is_no_plain_linear_is_refused(name, module, unchecked):
+    with pytest.raises(ValueError, match="base_module must be an nnx.Linear with the"):
+        KINDS[name](module())
+
+
+def test_dora_leaves_columns_of_zeros_and_small_ones_finite():
+    zero = nnx.Linear(
+        DIM, OUT, kernel_init=nnx.initializers.zeros_init(), rngs=nnx.Rngs(0)
+    )
+    np.testing.assert_array_equal(
+        call(KINDS["dora"](zero), inputs(3)), np.zeros((3, 4))
+    )
+    # Whose squares are zero in float16.
+    small = make_linear(param_dtype=jnp.float16)
+    small.kernel[...] = small.kernel[...] * jnp.float16(1e-4)
+    x = inputs(3).astype(jnp.float16)
+    np.testing.assert_array_equal(call(KINDS["dora"](small), x), call(small, x))
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+def test_dora_of_a_bfloat16_base(param_dtype):
+    """The identity at the start; then small changes count as far as they are kept."""
+    linear = make_linear(param_dtype=jnp.bfloat16)
+    linear.bias[...] = jnp.zeros(OUT, jnp.bfloat16)
+    adapter = snnk.nn.DoRA(linear, 2, param_dtype=param_dtype, rngs=nnx.Rngs(1))
+    x = inputs(3).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(call(adapter, x), call(linear, x))
+    if param_dtype == jnp.float32:
+        before, _ = adapter._direction()
+        adapter.up[...] = jnp.full((2, OUT), 1e-5)
+        after, _ = adapter._direction()
+        assert 1e-6 < float(jnp.abs(after - before).max()) < 1e-4

@@ -124,3 +124,18 @@ def test_refusals():
         snnk.nn.standardize(Skips(), samples())
     with pytest.raises(ValueError, match="not finite"):
         snnk.nn.standardize(make_adapter(), samples().at[0, 0].set(jnp.nan))
+
+
+def test_all_calls_of_a_shared_adapter_count():
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.adapter = make_adapter()
+
+        def __call__(self, x):
+            return self.adapter(x), self.adapter(5 - 2 * x[:20])
+
+    x = samples()
+    mean, deviation = snnk.nn.standardize(Twice(), x).adapter.statistics
+    seen = np.concatenate([x, 5 - 2 * x[:20]])
+    np.testing.assert_allclose(mean[...], seen.mean(axis=0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(deviation[...], seen.std(axis=0), rtol=1e-5)
