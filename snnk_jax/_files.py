@@ -50,6 +50,17 @@ def write_new(path: str | os.PathLike[str], data: str) -> bool:
             os.link(temporary.name, path)
         except FileExistsError:
             return False
+        except OSError:  # a file system without hard links, of a mounted drive say
+            return _write_exclusively(path, data)
+    return True
+
+
+def _write_exclusively(path: pathlib.Path, data: str) -> bool:
+    try:
+        with path.open("x") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
     return True
 
 

@@ -35,7 +35,8 @@ FLAX = {
     "surgery": {"typing"},
     "models": {"typing", "_files"},
     "adapters": {
-        *("typing", "_files", "projections", "features", "nn", "surgery"),
+        *("typing", "_files", "activations", "projections", "features", "nn"),
+        "surgery",
     },
     "compression": {
         *("typing", "activations", "kernels", "features", "ops", "calibration"),

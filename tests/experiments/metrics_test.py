@@ -11,6 +11,7 @@ from experiments.metrics import (
     write_atomic,
     write_json,
 )
+from snnk_jax._files import write_new
 
 
 def test_write_atomic_makes_folders_and_replaces(tmp_path):
@@ -110,3 +111,17 @@ def test_quiet_progress_prints_nothing(capsys):
     progress.close()
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_write_new_leaves_what_is_there(tmp_path, monkeypatch, links):
+    def no_links(*args):
+        raise PermissionError("no hard links")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    path = tmp_path / "a" / "file"
+    assert write_new(path, "first")
+    assert not write_new(path, "second")
+    assert path.read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
