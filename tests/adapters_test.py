@@ -658,3 +658,21 @@ def test_a_rank_beyond_the_file_is_refused_undrawn(kind, field, base, tmp_path):
         ValueError, match=r"rank of at most|instead of \(16, 1000000000"
     ):
         adapters.load_adapter(file, base)
+
+
+def test_a_head_that_was_trained_alone_is_saved_alone(tmp_path):
+    """On states that were kept, say: there is no base to compare."""
+
+    class Alone(nnx.Module):
+        def __init__(self):
+            self.classifier = nnx.Linear(8, 3, rngs=nnx.Rngs(8))
+
+    base, head = Small(), Alone()
+    mark = adapters.fingerprint(base, exclude="classifier/.*")
+    file = tmp_path / "a"
+    options = {"exclude": "classifier/.*", "base_fingerprint": mark}
+    adapters.save_adapter(file, head, **options)
+    loaded = adapters.load_adapter(file, base)
+    np.testing.assert_array_equal(
+        call(loaded, ROWS), call(head.classifier, call(base.fc, ROWS))
+    )

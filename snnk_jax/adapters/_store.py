@@ -54,7 +54,8 @@ def save_adapter(
         place of a module of the base always do.
       exclude: what ``base_fingerprint`` leaves out: with a replaced pooler
         ``"(pooler|head)/.*"``. Where it covers all that ``trained`` names and all that
-        was replaced, the rest is checked against ``base_fingerprint``.
+        was replaced, the rest is checked against ``base_fingerprint``, unless there is
+        none: a head that was trained alone may be saved alone.
       metadata: strings of your own, returned by :func:`read_metadata`.
 
     Returns:
@@ -251,7 +252,7 @@ def _trained_arrays(
     places = [m["at"] for m in modules if KINDS[m["kind"]].replaces]
     replaced = tuple(f"{place}/" for place in places)
     arrays, lost, plain_lora = {}, [], []
-    named = False
+    named, alone = False, True
     # Whether all that may differ from the base is left out of its fingerprint.
     covered = all(re.fullmatch(exclude, f"{place}/kernel") for place in places)
     for name, variable in held(model):
@@ -263,6 +264,7 @@ def _trained_arrays(
         excluded = re.fullmatch(exclude, plain) is not None
         matches = re.fullmatch(pattern, plain) is not None
         named |= matches
+        alone &= excluded
         if matches or plain.startswith(replaced):
             arrays[name] = np.asarray(variable[...])
             covered &= excluded
@@ -290,7 +292,8 @@ def _trained_arrays(
             "LoRA must be made with lora_param_type=snnk_jax.nn.AdapterParam to be "
             f"saved. Got {plain_lora}."
         )
-    found = fingerprint(model, exclude=exclude) if covered else base_fingerprint
+    compared = covered and not alone
+    found = fingerprint(model, exclude=exclude) if compared else base_fingerprint
     if found != base_fingerprint:
         raise ValueError(
             "model must have the parameters of the base but for adapters and what "
