@@ -29,7 +29,7 @@ Without ``reduced`` all examples are taken, 5 seeds, which one program trains si
 side in bfloat16: for a GPU. Several processes may share a workdir, each with methods of
 its own, ``--config.methods=a,b``; run once more with all of them for the table. On an
 H100 ten processes finished a third of the suite in 11 minutes (``docs/results.md``);
-the reduced protocol has not been run as a whole. The learning rates below are first
+of the reduced protocol four methods have been run. The learning rates below are first
 guesses, which the suite does not use.
 """
 

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
 
 Curve = Sequence[tuple[float, float]]
 
@@ -210,6 +211,10 @@ def score_against_parameters(
             label=row["title"],
         )
     axis.set(xscale="log", xlabel="trained parameters without the head", ylabel=ylabel)
+    # Matplotlib's own labels of a log axis of one decade run into each other.
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     _save(figure, path)
