@@ -13,6 +13,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+
+def pytest_configure(config):
+    """Compiles the default tier without LLVM's expensive passes.
+
+    They take a quarter of the time of some thousand small programs that run once. The
+    slow tier compiles as users do.
+    """
+    if "not slow" in (config.option.markexpr or ""):
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 # Programs that wrote the golden files; they need mpmath, which no test does.
 collect_ignore_glob = ["*_golden.py"]
 
