@@ -27,7 +27,7 @@ from snnk_jax._files import write_atomic, write_new
 from snnk_jax.models.vit_params import save_vit
 
 # Settings that choose which runs are done and how they are reported, not their result.
-FREE = (
+_FREE = (
     *("methods", "seeds", "sweep", "export", "resume", "log", "together"),
     "optim.learning_rates",
 )
@@ -113,7 +113,8 @@ def run(
             f"config.resume must be the workdir of a run. Got {config.resume!r}."
         )
     if config.resume:
-        _check_settings(pathlib.Path(config.resume), config, FREE, "config.resume")
+        settings = json.loads(config.to_json_best_effort())
+        _check_settings(pathlib.Path(config.resume), settings, _FREE, "config.resume")
     claim(workdir, config)
     dataset = load_data(config)
     mesh = sharding_lib.make_mesh(config.mesh.axes)
@@ -375,7 +376,7 @@ def _finish(
 
 
 def claim(
-    workdir: pathlib.Path, config: ConfigDict, free: tuple[str, ...] = FREE
+    workdir: pathlib.Path, config: ConfigDict, free: tuple[str, ...] = _FREE
 ) -> None:
     """Writes ``config.json``, or refuses a folder that holds other settings.
 
@@ -389,22 +390,23 @@ def claim(
     """
     file = workdir / "config.json"
     settings = json.loads(config.to_json_best_effort())
-    if jax.process_index() == 0:
-        write_new(file, json.dumps(settings, indent=2))
+    chief = jax.process_index() == 0
+    if chief and write_new(file, json.dumps(settings, indent=2) + "\n"):
+        return
     if file.is_file():
-        _check_settings(workdir, config, free, "workdir")
-    if jax.process_index() == 0:
+        _check_settings(workdir, settings, free, "workdir")
+    if chief:
         write_json(file, settings)
 
 
 def _check_settings(
-    workdir: pathlib.Path, config: ConfigDict, free: tuple[str, ...], what: str
+    workdir: pathlib.Path, settings: dict[str, Any], free: tuple[str, ...], what: str
 ) -> None:
+    """Refuses a folder without a config, or with one that differs beyond ``free``."""
     file = workdir / "config.json"
     if not file.is_file():
         raise ValueError(f"{what} must hold a config.json. Got {workdir} without.")
     stored = json.loads(file.read_text())
-    settings = json.loads(config.to_json_best_effort())
     found, asked = (
         {key: value for key, value in _flat(s).items() if not key.startswith(free)}
         for s in (stored, settings)
@@ -419,7 +421,7 @@ def _check_settings(
 
 
 def open_workdir(
-    workdir: pathlib.Path, config: ConfigDict, free: tuple[str, ...] = FREE
+    workdir: pathlib.Path, config: ConfigDict, free: tuple[str, ...] = _FREE
 ) -> dict[str, Any]:
     """Claims a folder and writes ``env.json`` to it; returns what it says."""
     claim(workdir, config, free)

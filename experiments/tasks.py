@@ -15,10 +15,9 @@ import snnk_jax as snnk
 from snnk_jax.models.bert import Bert, BertConfig
 from snnk_jax.models.vit import ViT, ViTConfig
 from snnk_jax.nn import Adapted, AdapterParam
+from snnk_jax.nn._counts import HEAD
 
 Rules = list[snnk.SwapRule]
-
-HEAD = nnx.All(nnx.Param, nnx.PathContains("head"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,7 @@ def merge_adapters(model: nnx.Module) -> tuple[Any, MergeReport]:
             "model must have LoRA, DoRA, VeRA or Scaled adapters and no others. "
             f"Got {left or 'none'}."
         )
-    return clone, MergeReport(tuple(sorted(merged)), float(np.max([*merged.values()])))
+    return clone, MergeReport(tuple(sorted(merged)), max(merged.values()))
 
 
 def _merged_linear(name: str, adapter: Any) -> nnx.Linear:

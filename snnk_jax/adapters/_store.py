@@ -152,14 +152,13 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
     flat = dict(nnx.to_flat_state(state))
     names = {path_name(parts): parts for parts in flat}
     misshapen = [
-        f"{name} {arrays[name].shape} instead of {flat[names[name]].shape}"
+        f"{name} {stored} instead of {own}"
         for name in sorted(arrays.keys() & names.keys())
-        if arrays[name].shape != flat[names[name]].shape
-    ]
-    misshapen += [
-        f"{name} {arrays[name].dtype} instead of {flat[names[name]].dtype}"
-        for name in sorted(arrays.keys() & names.keys())
-        if arrays[name].dtype != flat[names[name]].dtype
+        for stored, own in (
+            (arrays[name].shape, flat[names[name]].shape),
+            (arrays[name].dtype, flat[names[name]].dtype),
+        )
+        if stored != own
     ]
     # Not before the sizes are known to be those of the stored arrays.
     arrays = arrays | ({} if misshapen else drawn_arrays(model, record))
