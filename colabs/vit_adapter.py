@@ -46,7 +46,7 @@ import snnk_jax as snnk
 
 ROOT = pathlib.Path(snnk.__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from experiments import data
+from experiments import data, loading
 from experiments.augment import normalise
 from snnk_jax.models.vit_params import load_vit
 
@@ -122,7 +122,7 @@ def hits(params, batch):
     return jnp.sum((jnp.argmax(logits, -1) == batch["label"]) * batch["weight"])
 
 
-loader = data.TrainLoader(digits.train, batch_size=64, seed=0)
+loader = loading.TrainLoader(digits.train, batch_size=64, seed=0)
 opt_state = optimizer.init(params)
 losses = []
 for i in range(STEPS):
@@ -131,7 +131,7 @@ for i in range(STEPS):
 
 
 def accuracy(params, split):
-    total = sum(float(hits(params, batch)) for batch in data.eval_batches(split, 64))
+    total = sum(float(hits(params, batch)) for batch in loading.eval_batches(split, 64))
     return total / len(split)
 
 

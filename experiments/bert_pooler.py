@@ -20,12 +20,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save
 
 import snnk_jax as snnk
-from experiments import data as data_lib
 from experiments import glue, learning, plots, scores, tasks, train
 from experiments.jobs import Job, run_jobs
+from experiments.loading import TrainLoader
 from experiments.pooler_heads import METHODS, Head, States, dense_head, merged_map
 from experiments.report import document, markdown
 from experiments.runner import open_workdir
+from experiments.splits import Batch
 from snnk_jax._files import write_atomic
 
 # The parameters that a head file holds and a base model's fingerprint leaves out.
@@ -171,7 +172,7 @@ def _encode_task(task: str, config: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def encode(encoder: Any, batch: data_lib.Batch, size: int = 64) -> np.ndarray:
+def encode(encoder: Any, batch: Batch, size: int = 64) -> np.ndarray:
     """Pooled states of texts ``[n, d]``, without the pooler's map.
 
     Texts of like length go together and are padded to a multiple of 16 tokens.
@@ -289,7 +290,7 @@ def _train(model: Any, states: States, config: Any, rate: float, seed: int) -> _
         warmup_steps=optim.warmup_steps,
         weight_decay=optim.weight_decay,
     )
-    loader = data_lib.TrainLoader(_Rows(states), optim.batch_size, seed)
+    loader = TrainLoader(_Rows(states), optim.batch_size, seed)
     rows = np.stack([loader.indices(step) for step in range(optim.steps)])
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     x, y = states.x["train"][rows], states.y["train"][rows]
@@ -309,7 +310,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.states.y["train"])
 
-    def __getitems__(self, indices: np.ndarray) -> data_lib.Batch:
+    def __getitems__(self, indices: np.ndarray) -> Batch:
         x, y = self.states.x["train"], self.states.y["train"]
         return {"x": x[indices], "label": y[indices]}
 

@@ -16,6 +16,7 @@ from experiments import data as data_lib
 from experiments import plots
 from experiments.jobs import Job, run_study
 from experiments.report import markdown
+from experiments.splits import Dataset
 from snnk_jax import ridge
 from snnk_jax.typing import Array
 
@@ -45,7 +46,7 @@ class Images:
         self._config = config
 
     @functools.cached_property
-    def _raw(self) -> data_lib.Dataset:
+    def _raw(self) -> Dataset:
         options = self._config.data
         return data_lib.load(
             options.name,

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import data as data_lib
 from experiments import learning, train
 from experiments import sharding as sharding_lib
+from experiments.loading import TrainLoader, eval_batches, prefetch
 from experiments.metrics import Progress
 from experiments.scores import scores
+from experiments.splits import Dataset, Split
 
 _STRETCH = 50
 
@@ -45,7 +46,7 @@ class Outcome:
 def fit(
     models: Sequence[nnx.Module],
     trainable: Any,
-    dataset: data_lib.Dataset,
+    dataset: Dataset,
     recipes: Sequence[learning.Recipe],
     *,
     mesh: jax.sharding.Mesh,
@@ -103,9 +104,7 @@ def fit(
 
         return jax.lax.scan(body, states, batches)
 
-    loaders = [
-        data_lib.TrainLoader(dataset.train, r.batch_size, r.seed) for r in recipes
-    ]
+    loaders = [TrainLoader(dataset.train, r.batch_size, r.seed) for r in recipes]
     size = math.gcd(_STRETCH, recipe.steps)
     cut = jax.sharding.PartitionSpec(None, None, "data")
     batch_sharding = jax.sharding.NamedSharding(mesh, cut)
@@ -125,7 +124,7 @@ def fit(
     compiled: Any = None
     memory = 0
     clock = time.monotonic()
-    for index, batches in enumerate(data_lib.prefetch(load, 0, recipe.steps // size)):
+    for index, batches in enumerate(prefetch(load, 0, recipe.steps // size)):
         if compiled is None:
             program = jax.jit(stretch, donate_argnums=0)
             compiled = program.lower(states, projections, frozen, batches).compile()
@@ -197,7 +196,7 @@ def _evaluate(
     params: Any,
     projections: Any,
     frozen: Any,
-    split: data_lib.Split,
+    split: Split,
     batch_size: int,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, np.ndarray]:
@@ -206,7 +205,7 @@ def _evaluate(
         jax.vmap(learning.make_eval_step(graphdef), in_axes=(0, 0, None, None))
     )
     parts = []
-    for batch in data_lib.eval_batches(split, batch_size):
+    for batch in eval_batches(split, batch_size):
         placed = sharding_lib.place(batch, sharding_lib.batch_sharding(mesh))
         found = jax.device_get(step(params, projections, frozen, placed))
         real = batch["weight"] > 0

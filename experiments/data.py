@@ -1,11 +1,4 @@
-"""Data sets and a loader whose position is the step number.
-
-A split is anything with ``len()`` and ``__getitems__(indices)`` returning
-``{"image": uint8[n, h, w, c], "label": int32[n]}``: the arrays below, or a
-``tfds.data_source`` behind :class:`Resized`. :class:`TrainLoader` maps a step to a
-batch by a seeded permutation of each epoch, so resuming needs no stored iterator, and
-every number of processes sees the same global batches.
-"""
+"""Image data sets by name: from scikit-learn, from files, and through TFDS."""
 
 import dataclasses
 import gzip
@@ -13,123 +6,18 @@ import io
 import itertools
 import math
 import pathlib
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]
+from experiments.splits import ArraySplit, Batch, Dataset, Split, cut
 
 NUM_CLASSES = {
     **{"digits": 10, "cifar10_jpeg": 10, "tinyimagenet32": 200, "flowers5": 5},
     "synthetic": 10,
 }
 """Classes of each data set, known without reading it."""
-
-
-class Split(Protocol):
-    """Random access to examples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitems__(self, indices: Any, /) -> Any: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySplit:
-    """Examples held in memory: images ``uint8[n, h, w, c]``, labels ``int32[n]``."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __post_init__(self):
-        if self.images.ndim != 4 or self.images.dtype != np.uint8:
-            raise ValueError(
-                "images must be uint8 [n, height, width, channels]. "
-                f"Got {self.images.dtype} {self.images.shape}."
-            )
-        if self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"labels must have shape ({len(self.images)},). "
-                f"Got {self.labels.shape}."
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: np.ndarray) -> Batch:
-        return {"image": self.images[indices], "label": self.labels[indices]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """A split restricted to given rows."""
-
-    split: Split
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: np.ndarray) -> Any:
-        return self.split.__getitems__(self.rows[indices])
-
-
-@dataclasses.dataclass(frozen=True)
-class Resized:
-    """A split whose images become RGB squares of one size when they are read."""
-
-    split: Split
-    image_size: int
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, indices: np.ndarray) -> Batch:
-        # Ints in a list: tfds takes no arrays.
-        examples = self.split.__getitems__([int(index) for index in indices])
-        images = [
-            _resize(np.asarray(example["image"])[None], self.image_size)[0]
-            for example in examples
-        ]
-        return {
-            "image": np.stack([np.broadcast_to(x, (*x.shape[:2], 3)) for x in images]),
-            "label": np.asarray([example["label"] for example in examples], np.int32),
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Three splits, the number of classes, and the metric that runs are judged by.
-
-    A regression has one class and labels of a floating dtype; see
-    :mod:`experiments.scores` for metrics.
-    """
-
-    name: str
-    train: Split
-    val: Split
-    test: Split
-    num_classes: int
-    metric: str = "accuracy"
-
-
-def from_float(images: np.ndarray, maximum: float) -> np.ndarray:
-    """Quantises float images in [0, maximum] to uint8.
-
-    Raises:
-      ValueError: if a value is not finite or out of range.
-    """
-    if not np.all(np.isfinite(images)):
-        count = int(np.size(images) - np.isfinite(images).sum())
-        raise ValueError(f"images must be finite. Got {count} non-finite values.")
-    if images.min() < 0 or images.max() > maximum:
-        raise ValueError(
-            f"images must lie in [0, {maximum}]. Got [{images.min()}, {images.max()}]."
-        )
-    return np.round(images * (255.0 / maximum)).astype(np.uint8)
 
 
 def load(
@@ -178,53 +66,6 @@ def load(
         test_size=test_size,
         split_seed=split_seed,
     )
-
-
-def cut(
-    dataset: Dataset,
-    *,
-    has_val: bool,
-    train_size: int,
-    val_fraction: float,
-    test_size: int,
-    split_seed: int = 0,
-) -> Dataset:
-    """Cuts a validation part off the training part, and takes subsets.
-
-    Args:
-      dataset: whole splits.
-      has_val: whether its validation split is one of its own; it is taken as it is.
-      train_size: see :func:`load`, like the others.
-      val_fraction: share of the training examples.
-      test_size: test examples.
-      split_seed: seed of the cut and of the subsets.
-
-    Raises:
-      ValueError: for sizes that the data cannot serve.
-    """
-    train, val, test = dataset.train, dataset.val, dataset.test
-    rng = np.random.default_rng(split_seed)
-    order = rng.permutation(len(train))
-    if not has_val:
-        held_out = round(len(train) * val_fraction)
-        if not 0 < held_out < len(train):
-            raise ValueError(
-                "data.val_fraction must leave examples on both sides. "
-                f"Got {val_fraction} of {len(train)} examples."
-            )
-        val, order = Subset(train, np.sort(order[:held_out])), order[held_out:]
-    if train_size > len(order):
-        raise ValueError(
-            f"data.train_size must be at most {len(order)}. Got {train_size}."
-        )
-    if test_size > len(test):
-        raise ValueError(
-            f"data.test_size must be at most {len(test)}. Got {test_size}."
-        )
-    train = Subset(train, np.sort(order[: train_size or None]))
-    if test_size:
-        test = Subset(test, np.sort(rng.permutation(len(test))[:test_size]))
-    return dataclasses.replace(dataset, train=train, val=val, test=test)
 
 
 def _digits(directory: str, image_size: int):
@@ -349,6 +190,22 @@ def _idx(path: pathlib.Path) -> np.ndarray:
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
+def from_float(images: np.ndarray, maximum: float) -> np.ndarray:
+    """Quantises float images in [0, maximum] to uint8.
+
+    Raises:
+      ValueError: if a value is not finite or out of range.
+    """
+    if not np.all(np.isfinite(images)):
+        count = int(np.size(images) - np.isfinite(images).sum())
+        raise ValueError(f"images must be finite. Got {count} non-finite values.")
+    if images.min() < 0 or images.max() > maximum:
+        raise ValueError(
+            f"images must lie in [0, {maximum}]. Got [{images.min()}, {images.max()}]."
+        )
+    return np.round(images * (255.0 / maximum)).astype(np.uint8)
+
+
 def _npz(directory: str, filename: str) -> dict[str, np.ndarray]:
     path = pathlib.Path(directory) / filename
     if not path.is_file():
@@ -372,6 +229,29 @@ def _decode(data: dict[str, np.ndarray], prefix: str, image_size: int) -> ArrayS
     )
     labels = data[f"{prefix}labels"].astype(np.int32)
     return ArraySplit(_resize(images, image_size), labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resized:
+    """A split whose images become RGB squares of one size when they are read."""
+
+    split: Split
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: np.ndarray) -> Batch:
+        # Ints in a list: tfds takes no arrays.
+        examples = self.split.__getitems__([int(index) for index in indices])
+        images = [
+            _resize(np.asarray(example["image"])[None], self.image_size)[0]
+            for example in examples
+        ]
+        return {
+            "image": np.stack([np.broadcast_to(x, (*x.shape[:2], 3)) for x in images]),
+            "label": np.asarray([example["label"] for example in examples], np.int32),
+        }
 
 
 def _resize(images: np.ndarray, size: int) -> np.ndarray:
@@ -411,105 +291,3 @@ def _tfds(name: str, directory: str) -> tuple[Split, Split, int]:
         ) from error
     train, test = splits
     return train, test, train.dataset_info.features["label"].num_classes
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainLoader:
-    """Shuffled training batches as a pure function of the step.
-
-    Args:
-      split: the examples.
-      batch_size: examples of a global batch.
-      seed: seed of the permutations.
-      process_index: this process; it gets rows ``[index * k, (index + 1) * k)`` of
-        each global batch, ``k = batch_size / process_count``.
-      process_count: number of processes.
-
-    Raises:
-      ValueError: if the batch cannot be drawn or does not divide evenly.
-    """
-
-    split: Split
-    batch_size: int
-    seed: int
-    process_index: int = 0
-    process_count: int = 1
-
-    def __post_init__(self):
-        if not 0 < self.batch_size <= len(self.split):
-            raise ValueError(
-                f"batch_size must be in [1, {len(self.split)}], the training "
-                f"examples. Got {self.batch_size}."
-            )
-        if self.batch_size % self.process_count:
-            raise ValueError(
-                "batch_size must be divisible by the number of processes. "
-                f"Got {self.batch_size} and {self.process_count}."
-            )
-
-    def indices(self, step: int) -> np.ndarray:
-        """Rows of the global batch of a step; epochs follow without a gap."""
-        n = len(self.split)
-        positions = step * self.batch_size + np.arange(self.batch_size)
-        epochs, offsets = np.divmod(positions, n)
-        rows = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs):
-            rng = np.random.default_rng((self.seed, int(epoch)))
-            mine = epochs == epoch
-            rows[mine] = rng.permutation(n)[offsets[mine]]
-        return rows
-
-    def batch(self, step: int) -> Batch:
-        """This process's rows of the batch of a step."""
-        share = self.batch_size // self.process_count
-        start = self.process_index * share
-        rows = self.indices(step)[start : start + share]
-        return self.split.__getitems__(rows)
-
-
-def eval_batches(
-    split: Split, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """Yields every example once; padding of the last batch has ``weight`` 0."""
-    share = batch_size // process_count
-    for start in range(0, len(split), batch_size):
-        positions = start + process_index * share + np.arange(share)
-        rows = np.minimum(positions, len(split) - 1)
-        batch = split.__getitems__(rows)
-        yield batch | {"weight": (positions < len(split)).astype(np.float32)}
-
-
-def prefetch(
-    load: Callable[[int], Any], start: int, stop: int, size: int = 2
-) -> Generator[Any]:
-    """Yields ``load(start) ... load(stop - 1)``, computed ahead by one thread."""
-    results: queue.Queue = queue.Queue(maxsize=size)
-    stopped = threading.Event()
-
-    def put(item: Any) -> None:
-        while not stopped.is_set():
-            try:
-                return results.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for step in range(start, stop):
-                if stopped.is_set():
-                    return
-                put((load(step), None))
-        except BaseException as error:  # handed to the consumer, not lost
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        for _ in range(start, stop):
-            item, error = results.get()
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

@@ -18,9 +18,9 @@ from flax import nnx
 from scipy import stats
 
 import snnk_jax as snnk
-from experiments.data import Batch, Split
 from experiments.learning import Objective, model_inputs
 from experiments.metrics import write_json
+from experiments.splits import Batch, Split
 from snnk_jax._files import hash_array
 
 # Batches between two marks of how far a cache is filled.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments.data import Batch, Dataset, cut
+from experiments.splits import Batch, Dataset, cut
 from snnk_jax.models.bert_tokens import BertTokenizer
 
 

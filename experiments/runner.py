@@ -22,7 +22,9 @@ from experiments import data as data_lib
 from experiments import sharding as sharding_lib
 from experiments.config import check_training as check
 from experiments.config import methods_of
+from experiments.loading import TrainLoader
 from experiments.metrics import write_json
+from experiments.splits import Dataset
 from snnk_jax._files import write_atomic, write_new
 from snnk_jax.models.vit_params import save_vit
 
@@ -72,7 +74,7 @@ def recipe_for(
     )
 
 
-def load_data(config: ConfigDict) -> data_lib.Dataset:
+def load_data(config: ConfigDict) -> Dataset:
     """The data set of a config: images for a ViT, text for a BERT."""
     options = config.data
     shared = {
@@ -192,7 +194,7 @@ def _sweep(config: ConfigDict, several: Any) -> dict[str, float]:
 def _run_several(
     config: ConfigDict,
     base: Any,
-    dataset: data_lib.Dataset,
+    dataset: Dataset,
     mesh: jax.sharding.Mesh,
     method: str,
     runs: Sequence[Run],
@@ -212,7 +214,7 @@ def _run_several(
 def _run_one(
     config: ConfigDict,
     base: Any,
-    dataset: data_lib.Dataset,
+    dataset: Dataset,
     mesh: jax.sharding.Mesh,
     method: str,
     run_: Run,
@@ -247,7 +249,7 @@ def _run_one(
 def _run_together(
     config: ConfigDict,
     base: Any,
-    dataset: data_lib.Dataset,
+    dataset: Dataset,
     mesh: jax.sharding.Mesh,
     method: str,
     runs: Sequence[Run],
@@ -303,7 +305,7 @@ def _read_summary(folder: pathlib.Path, base: Any, recipe: learning.Recipe) -> T
 
 
 def _adapt(
-    config: ConfigDict, base: Any, dataset: data_lib.Dataset, task: Any, seed: int
+    config: ConfigDict, base: Any, dataset: Dataset, task: Any, seed: int
 ) -> Any:
     """The base model with a method's modules, which know their inputs' scales."""
     model = task.adapt(base, config, nnx.Rngs(params=seed, projection=seed))
@@ -311,7 +313,7 @@ def _adapt(
         return model
     size = min(_SAMPLES, len(dataset.train))
     # The same examples for all seeds: statistics are no part of a run's randomness.
-    batch = data_lib.TrainLoader(dataset.train, size, 0).batch(0)
+    batch = TrainLoader(dataset.train, size, 0).batch(0)
     return snnk.nn.standardize(
         model, *learning.model_inputs(batch), where=batch.get("mask")
     )
@@ -322,11 +324,11 @@ def _announce(
     task: Any,
     model: Any,
     recipe: learning.Recipe,
-    dataset: data_lib.Dataset,
+    dataset: Dataset,
 ) -> None:
     print(f"\n{name}: {task.title}")
     print(summary.parameter_table(model, task.trainable))
-    batch = data_lib.TrainLoader(dataset.train, recipe.batch_size, 0).batch(0)
+    batch = TrainLoader(dataset.train, recipe.batch_size, 0).batch(0)
     cost = summary.cost(model, task.trainable, recipe, batch)
     # Backends other than CPUs may not count.
     counted = math.isfinite(cost["flops"])

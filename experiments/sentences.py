@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments import glue
-from experiments.data import Batch, TrainLoader
+from experiments.loading import TrainLoader
+from experiments.splits import Batch
 from snnk_jax.models.bert_tokens import BertTokenizer
 
 

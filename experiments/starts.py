@@ -9,7 +9,7 @@ from flax import nnx
 
 import snnk_jax as snnk
 from experiments import distil
-from experiments.data import Batch
+from experiments.splits import Batch
 
 KINDS = {
     "units": "own units, readout fitted",

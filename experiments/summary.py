@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from experiments import learning
-from experiments.data import Batch
+from experiments.splits import Batch
 from snnk_jax.nn import count_parameters as count
 from snnk_jax.nn import parameter_groups as groups
 from snnk_jax.nn import parameter_table

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments import data as data_lib
 from experiments import learning
 from experiments import sharding as sharding_lib
 from experiments.checkpoints import Checkpoints
+from experiments.loading import TrainLoader, eval_batches, prefetch
 from experiments.metrics import MetricWriter, Progress, write_json
+from experiments.splits import Dataset
 
 PREEMPTED_EXIT_CODE = 75
 """Exit status after SIGTERM: state saved, run the same command again to go on."""
@@ -67,7 +68,7 @@ def stop_requests(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
 def fit(
     model: nnx.Module,
     trainable: Any,
-    dataset: data_lib.Dataset,
+    dataset: Dataset,
     recipe: learning.Recipe,
     workdir: str | pathlib.Path,
     *,
@@ -78,7 +79,7 @@ def fit(
     keep_best: bool = False,
     resume: str | pathlib.Path | None = None,
     objective: learning.Objective = learning.TASK,
-    loader: Callable[..., data_lib.TrainLoader] = data_lib.TrainLoader,
+    loader: Callable[..., TrainLoader] = TrainLoader,
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Trains the parameters that ``trainable`` selects and evaluates them.
 
@@ -177,7 +178,7 @@ def fit(
 
     def evaluate(params: Any) -> dict[str, float]:
         parts = []
-        for batch in data_lib.eval_batches(scored, recipe.batch_size, **process):
+        for batch in eval_batches(scored, recipe.batch_size, **process):
             batch = sharding_lib.place(batch, batch_sharding)
             parts.append(jax.device_get(eval_step(params, projections, frozen, batch)))
         whole = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -215,7 +216,7 @@ def fit(
     step_seconds: list[float] = []
     programs: dict[Any, Any] = {}  # one a shape of the batch
     memory = 0
-    batches = data_lib.prefetch(
+    batches = prefetch(
         lambda step: sharding_lib.place(batches_of.batch(step), batch_sharding),
         start,
         recipe.steps,

@@ -31,10 +31,11 @@ from experiments import (
 )
 from experiments import sharding as sharding_lib
 from experiments.config import check_base, methods_of
-from experiments.data import Batch, Dataset, Subset, TrainLoader, eval_batches
 from experiments.jobs import run_jobs
+from experiments.loading import TrainLoader, eval_batches
 from experiments.metrics import read_jsonl
 from experiments.report import document, markdown
+from experiments.splits import Batch, Dataset, Subset
 from snnk_jax.surgery import path_name
 
 TRAINED = ("all", "blocks", "light", "new")
