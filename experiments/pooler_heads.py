@@ -1,48 +1,17 @@
 """Heads of a frozen encoder: poolers and classifiers, dense, as SNNKs, and merged."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 import snnk_jax as snnk
+from experiments.pooler_states import States
 from snnk_jax.features import URF, ArcCosine, FeatureMap
 from snnk_jax.nn import MergedPooler, SNNKMlp, SNNKPooler
-
-
-@dataclasses.dataclass(frozen=True)
-class States:
-    """Pooled encoder states ``[n, d]`` and labels of three splits.
-
-    Attributes:
-      x: states by split, ``train``, ``val`` and ``test``.
-      y: labels likewise.
-      classes: number of classes, 1 for values.
-      metric: what the task is judged by.
-      fingerprint: of the encoder, for the files of heads.
-      pooler: kernel and bias of the pretrained pooler, where there is one.
-    """
-
-    x: dict[str, np.ndarray]
-    y: dict[str, np.ndarray]
-    classes: int
-    metric: str
-    fingerprint: str
-    pooler: tuple[np.ndarray, np.ndarray] | None
-
-    @property
-    def dim(self) -> int:
-        return self.x["train"].shape[1]
-
-    @functools.cached_property
-    def norm(self) -> float:
-        """Root mean square norm of the training states."""
-        return float(np.sqrt(np.mean(np.sum(self.x["train"] ** 2, axis=1))))
 
 
 class DensePooler(nnx.Module):

@@ -9,8 +9,9 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import snnk_jax as snnk
-from experiments import bert_pooler, load_config
-from experiments.pooler_heads import METHODS, States, dense_head
+from experiments import bert_pooler, load_config, pooler_states, pooler_training
+from experiments.pooler_heads import METHODS, dense_head
+from experiments.pooler_states import States
 from snnk_jax.models.bert import Bert, BertConfig
 
 
@@ -94,7 +95,7 @@ def test_states_in_batches_of_one_length_are_those_of_the_model(pool):
     mask = np.arange(40)[None] < lengths[:, None]
     tokens = np.where(mask, rng.integers(1, 30, (11, 40)), 0).astype(np.int32)
     batch = {"tokens": tokens, "token_types": np.zeros_like(tokens), "mask": mask}
-    found = bert_pooler.encode(model, batch, size=4)
+    found = pooler_states.encode(model, batch, size=4)
     hidden = model.hidden_states(*map(jnp.asarray, batch.values()))
     expected = model.features(*map(jnp.asarray, batch.values()))
     if pool == "pooler":
@@ -106,10 +107,10 @@ def test_a_pretrained_pooler_is_where_the_dense_head_begins(tmp_path):
     states = make_states()
     kernel, bias = np.eye(12, dtype=np.float32), np.ones(12, np.float32)
     states = States(**(vars(states) | {"pooler": (kernel, bias)}))
-    model = bert_pooler._build("dense", states, quick(), 0, tmp_path)
+    model = pooler_training.build("dense", states, quick(), 0, tmp_path)
     np.testing.assert_array_equal(model.pooler.dense.kernel[...], kernel)
     np.testing.assert_array_equal(model.pooler.dense.bias[...], bias)
-    fitted = bert_pooler._build("relu_samples", states, quick(), 0, tmp_path)
+    fitted = pooler_training.build("relu_samples", states, quick(), 0, tmp_path)
     assert np.any(np.asarray(fitted.pooler.readout[...]))
 
 
@@ -117,10 +118,10 @@ def test_training_learns_and_repeats_itself():
     states = make_states(n=400)
     config = quick(**{"optim.steps": 60, "optim.warmup_steps": 5})
     model = built("merged_relu", states, config)
-    runs = [bert_pooler._train(model, states, config, 0.03, 1) for _ in range(2)]
-    assert bert_pooler._score(runs[0].model, states, "test") > 0.85
+    runs = [pooler_training.fit(model, states, config, 0.03, 1) for _ in range(2)]
+    assert pooler_training.score(runs[0].model, states, "test") > 0.85
     assert runs[0].loss == runs[1].loss
-    other = bert_pooler._train(model, states, config, 0.03, 2)
+    other = pooler_training.fit(model, states, config, 0.03, 2)
     assert other.loss != runs[0].loss
     assert not np.any(np.asarray(model.head.readout[...]))
 
