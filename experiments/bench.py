@@ -31,7 +31,7 @@ from absl import app, flags
 import snnk_jax as snnk
 from experiments.latency import time_in_turns
 from experiments.metrics import write_json
-from experiments.runner import describe_environment
+from experiments.workdirs import describe_environment
 
 _TABLE = flags.DEFINE_enum(
     "table", "layers", ["layers", "maps", "ntk"], "What to time."

@@ -34,7 +34,7 @@ from flax import nnx
 import snnk_jax as snnk
 from experiments.latency import compiled, time_in_turns
 from experiments.metrics import write_json
-from experiments.runner import describe_environment
+from experiments.workdirs import describe_environment
 from snnk_jax.models.bert import Bert, BertConfig, Mlp
 
 BLOCK_SHARE = 0.85

@@ -25,7 +25,7 @@ from absl import app, flags
 
 import snnk_jax as snnk
 from experiments.metrics import write_json
-from experiments.runner import describe_environment
+from experiments.workdirs import describe_environment
 from snnk_jax import ridge
 
 _EXAMPLES = flags.DEFINE_integer("examples", 200_000, "Rows n.")

@@ -24,7 +24,7 @@ from experiments.pooler_heads import METHODS, merged_map
 from experiments.pooler_states import TASK_PARAMETERS, States, load_states
 from experiments.pooler_training import build, choose_rate, fit, keep_dense, score
 from experiments.report import document, markdown
-from experiments.runner import open_workdir
+from experiments.workdirs import open_workdir
 
 
 def run(

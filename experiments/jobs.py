@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.metrics import Progress, read_jsonl
 from experiments.report import document
-from experiments.runner import open_workdir
+from experiments.workdirs import open_workdir
 from snnk_jax._files import write_atomic
 
 Job = tuple[str, Callable[[], dict[str, Any]]]
@@ -54,7 +54,7 @@ def run_jobs(
     stopped.
 
     Args:
-      workdir: an existing folder, claimed by :func:`experiments.runner.claim`.
+      workdir: an existing folder, claimed by :func:`experiments.workdirs.claim`.
       jobs: names, each its own, and functions without arguments that return a row.
       title: shown beside the progress.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import plots, report, runner
+from experiments import plots, report, runner, workdirs
 from experiments.config import methods_of
 from experiments.metrics import write_json
 
@@ -53,7 +53,7 @@ def run(
     """
     check(config)
     workdir = pathlib.Path(workdir)
-    environment = runner.open_workdir(workdir, config)
+    environment = workdirs.open_workdir(workdir, config)
     results: dict[str, list[dict[str, Any]]] = {}
     for task in order(config):
         own = config.tasks[task]

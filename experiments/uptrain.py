@@ -28,6 +28,7 @@ from experiments import (
     summary,
     tasks,
     train,
+    workdirs,
 )
 from experiments import sharding as sharding_lib
 from experiments.config import check_base, methods_of
@@ -95,7 +96,7 @@ def run(
     """
     check(config)
     workdir = pathlib.Path(workdir)
-    environment = runner.open_workdir(workdir, config)
+    environment = workdirs.open_workdir(workdir, config)
     study = _Study.open(config, workdir)
     depth = len(study.base.blocks)
     variants = {

@@ -23,7 +23,7 @@ from experiments.networks import mnist_mlp, pictures, pinn, siren
 from experiments.networks.model import Method, Network, methods
 from experiments.networks.training import Problem, fit, step_times
 from experiments.report import document, markdown
-from experiments.runner import open_workdir
+from experiments.workdirs import open_workdir
 from snnk_jax._files import write_atomic
 
 NETWORKS = {"siren": siren, "pinn": pinn, "mnist_mlp": mnist_mlp}

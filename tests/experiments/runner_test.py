@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from experiments import load_config, runner
+from experiments import load_config, runner, workdirs
 from experiments.metrics import read_jsonl
 from experiments.runner import run
 
@@ -145,7 +145,7 @@ def test_a_mistake_on_the_command_line_is_one_clear_line(arguments, message, tmp
 
 def test_a_run_is_resumed_from_the_same_settings_alone(tmp_path):
     other = load_config(QUICK, {"model.dropout_rate": 0.3})
-    runner.claim(tmp_path / "a", other)
+    workdirs.claim(tmp_path / "a", other)
     config = load_config(QUICK, {"resume": str(tmp_path / "a")})
     with pytest.raises(ValueError, match=r"config.resume must .*model\.dropout_rate"):
         run(config, tmp_path / "b")
@@ -159,7 +159,7 @@ def test_of_two_processes_with_other_settings_one_gets_the_folder(tmp_path):
     def claim(config):
         barrier.wait()
         try:
-            runner.claim(tmp_path, config)
+            workdirs.claim(tmp_path, config)
         except ValueError as error:
             return str(error)
         return config.optim.steps
