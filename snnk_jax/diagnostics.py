@@ -291,8 +291,8 @@ def affine_rmse(
 ) -> float:
     r"""Error of :math:`f(b') + f'(b')\, w^\top (x - \mu)`, :math:`b' = b + w^\top\mu`.
 
-    The exact affine map that ``exact_degree=1`` carries after centring: what random
-    features have to beat.
+    The exact affine map that ``exact_degree=1`` carries after centring, where f has no
+    kinks: what random features have to beat.
 
     Example:
       >>> import jax.numpy as jnp

@@ -91,12 +91,23 @@ def _table(
 
 
 def _end(spectrum: Spectrum, kappa: float) -> float | None:
-    """Where the tilted density has fallen to nothing; None if it gets out of hand."""
-    end = 1.0
+    """Where the tilted density has fallen to nothing; None if it gets out of hand.
+
+    It must be nothing up to four times as far: a change of sign or a gap between two
+    bands is no end.
+    """
+
+    def largest(start: float, stop: float, num: int) -> float:
+        s = np.linspace(start, stop, num)[1:]
+        tilt = np.exp(np.minimum(s * kappa, 700))  # finite
+        return float(np.max(np.abs(spectrum.density(s)) * tilt))
+
+    end, peak = 1.0, 0.0
     while end < 1e4 and end * kappa < 600:
-        s = np.linspace(0, end, 513)[1:]
-        tilted = np.abs(spectrum.density(s)) * np.exp(s * kappa)
-        if tilted[-1] < _TAIL * tilted.max():
+        peak = max(peak, largest(0.0, end, 513))
+        last = np.array([end])
+        at_end = float(np.abs(spectrum.density(last))[0]) * math.exp(end * kappa)
+        if at_end < _TAIL * peak and largest(end, 4 * end, 2049) < _TAIL * peak:
             return end
         end *= 1.25
     return None

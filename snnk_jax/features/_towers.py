@@ -87,7 +87,9 @@ class TowerFeatures(FeatureMap):
         f around zero exactly, by 1, ``1 + d`` or ``1 + d + d (d + 1) / 2`` of the
         columns, and subtract from both random towers their own Taylor part of this
         degree. The estimate stays unbiased, since the parts of different degree of
-        the two towers are uncorrelated. None leaves the towers as they are.
+        the two towers are uncorrelated. Where the map estimates a series of a function
+        with kinks, the parts are those of the series: at a kink f has none. None leaves
+        the towers as they are.
       shrinkage: multiply the random part of each output, frequency by frequency, by
         the factors in [0, 1] that minimise the squared error on reference inputs:
         isotropic ones with :math:`\lVert x\rVert = \sqrt\kappa / c`, or samples, see
@@ -130,6 +132,11 @@ class TowerFeatures(FeatureMap):
     @abc.abstractmethod
     def row(self) -> activations.Activation:
         """The activation f."""
+
+    @property
+    def carried(self) -> activations.Activation:
+        """The function whose Taylor part the exact columns carry."""
+        return self.row
 
     @property
     @abc.abstractmethod
@@ -351,18 +358,18 @@ class TowerFeatures(FeatureMap):
 
     def _exact_readout(self, kernel: Array, shift: Array) -> list[Array]:
         """Rows that carry the polynomial part, in the order of the exact columns."""
-        terms, degree = self.terms, self.exact_degree
+        terms, degree, function = self.terms, self.exact_degree, self.carried
         own = -1 if degree is None else degree
         rows = []
         if own >= 0:
-            rows.append(self.row(shift)[None, :])
+            rows.append(function(shift)[None, :])
         else:
             rows.append((terms.constant + terms.slope * shift)[None, :])
         if self._carried_degree >= 1:
-            slope = self.row.grad(shift)[None, :] if own >= 1 else terms.slope
+            slope = function.grad(shift)[None, :] if own >= 1 else terms.slope
             rows.append(slope * kernel)
         if own >= 2:
-            second, both = _pairs(kernel.T), self.row.grad(shift, 2)[None, :]
+            second, both = _pairs(kernel.T), function.grad(shift, 2)[None, :]
             rows.append(0.5 * both * second.T)
         return rows
 

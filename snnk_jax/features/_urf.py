@@ -104,9 +104,10 @@ class URF(TowerFeatures):
                 )
             if not self._moment < math.inf:
                 limit = row.spectrum.decay / (1 if self.importance else 2)
+                below = f"below {limit:.3g}" if limit < math.inf else "smaller"
                 raise ValueError(
-                    f"kappa must be below {limit:.3g} to sample {row.name!r}: the "
-                    "second moment is infinite there, whatever num_features. "
+                    f"kappa must be {below} to sample {row.name!r}: the second moment "
+                    "is infinite there, or beyond all numbers, whatever num_features. "
                     f"Got {self.kappa}; scale the inputs or use spectrum='series'."
                 )
         elif not self._sampled and not self._atoms:
@@ -124,6 +125,18 @@ class URF(TowerFeatures):
     def series(self) -> FourierSeries | None:
         """What the map estimates in place of f: None where it estimates f itself."""
         return None if self.row.atoms or self._sampled else self._fit()
+
+    @property
+    def carried(self) -> activations.Activation:
+        """f, or its series where that is estimated and f has kinks.
+
+        Near a kink the Taylor parts of the two differ by far more than the functions,
+        and the random columns hold the rest of the series, not of f.
+        """
+        series = self.series
+        if series is None or not self.row.kinks:
+            return self.row
+        return activations.Activation(f"series of {self.row.name}", series)
 
     def _fit(self) -> FourierSeries:
         return fourier_series(self.row, self.num_terms, self.half_width)

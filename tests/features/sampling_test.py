@@ -191,6 +191,30 @@ def test_waves_average_to_the_function():
         np.testing.assert_allclose(value, FUNCTIONS[name](z), atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("function", "density"),
+    [
+        (  # zero at 1
+            lambda z: z**2 * np.exp(-(z**2) / 2),
+            lambda s: 2 * (1 - s**2) * scipy.stats.norm.pdf(s),
+        ),
+        (  # two bands with nothing between them
+            lambda z: np.exp(-(z**2) / 2) * (1 + np.cos(14 * z)),
+            lambda s: 2 * scipy.stats.norm.pdf(s) + scipy.stats.norm.pdf(s, 14),
+        ),
+    ],
+    ids=["zero", "gap"],
+)
+def test_a_zero_and_a_gap_are_no_end_of_the_spectrum(function, density):
+    spectrum = snnk.activations.Spectrum(density)
+    words = projections.key_words(jax.random.key(0))
+    drawn = _sampling.sample_rates(spectrum, words, 4096, 0.02, True)
+    rates, weights = (np.asarray(a, np.float64) for a in drawn)
+    z = np.linspace(-3, 3, 41)
+    value = np.mean(weights * np.cos(rates * z[:, None]), axis=1)
+    np.testing.assert_allclose(value, function(z), atol=5e-3)
+
+
 # Choosing.
 
 
@@ -242,6 +266,8 @@ def test_what_cannot_be_sampled_is_refused():
     with pytest.raises(ValueError, match="below 0.785 to sample 'sech'.*infinite"):
         make("sech", limit, importance=False)
     make("sech", 1.9 * limit)
+    with pytest.raises(ValueError, match="kappa must be smaller to sample 'gaussian'"):
+        make("gaussian", 40.0)
     with pytest.raises(ValueError, match="below 1.57 to sample 'sech'.*infinite"):
         make("sech", 2 * limit)
 
