@@ -387,10 +387,11 @@ def _normal_cdf(z: Array) -> Array:
     return 0.5 * jax.lax.erfc(-math.sqrt(0.5) * z)
 
 
-def _polynomial(z: Array, *coefficients: float) -> Array:
+def horner(z: Array, *coefficients: float) -> Array:
+    r""":math:`\sum_j c_j z^j` elementwise, lowest degree first."""
     value = jnp.full_like(z, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
-        value = value * z + coefficient
+        value = value * z + float(coefficient)
     return value
 
 
@@ -515,8 +516,8 @@ def _gelu_row(approximate: bool = False) -> Activation:
     return Activation("gelu", _gelu, dual=Dual("gelu"))
 
 
-def _hermite_row(n: int = 2) -> Activation:
-    _check_degree(n)
+def _hermite_row(n: int | float = 2) -> Activation:
+    n = _degree(n)
     series = np.polynomial.hermite_e.herme2poly(np.eye(1, n + 1, n)[0])
     return _series_row("hermite", series / math.sqrt(math.factorial(n)))
 
@@ -527,8 +528,8 @@ def _leaky_relu_row(negative_slope: float = 0.01) -> Activation:
     return Activation("leaky_relu", fn, degree=1, kinks=(0.0,), dual=dual)
 
 
-def _monomial_row(n: int = 2) -> Activation:
-    _check_degree(n)
+def _monomial_row(n: int | float = 2) -> Activation:
+    n = _degree(n)
     return _series_row("monomial", np.eye(1, n + 1, n)[0])
 
 
@@ -545,8 +546,8 @@ def _rbf_row(gamma: float = 0.5) -> Activation:
     return dataclasses.replace(row, name="rbf")
 
 
-def _rectified_monomial_row(n: int = 2) -> Activation:
-    _check_degree(n)
+def _rectified_monomial_row(n: int | float = 2) -> Activation:
+    n = _degree(n)
     fn = _bind(_rectified_monomial, float(n)) if n else _step
     dual = Dual("rectified", (float(n), 0.0, 1.0)) if n <= 3 else None
     return Activation("rectified_monomial", fn, degree=n, kinks=(0.0,), dual=dual)
@@ -558,15 +559,16 @@ def _sigmoid_like_row() -> Activation:
 
 
 def _series_row(name: str, coefficients: Sequence[float] | np.ndarray) -> Activation:
-    fn = _bind(_polynomial, *coefficients)
+    fn = _bind(horner, *coefficients)
     degrees = [n for n, coefficient in enumerate(fn.parameters) if coefficient != 0]
     degree = degrees[0] if len(degrees) == 1 else None
     return Activation(name, fn, degree=degree, coefficients=fn.parameters)
 
 
-def _check_degree(n: int) -> None:
-    if n != int(n) or n < 0:
+def _degree(n: int | float) -> int:
+    if not 0 <= n < math.inf or n != int(n):
         raise ValueError(f"n must be an integer of at least 0. Got {n}.")
+    return int(n)
 
 
 _FAMILIES: dict[str, Callable[..., Activation]] = {
@@ -711,6 +713,11 @@ def _named(name: str, parameters: dict[str, Any]) -> Activation:
         except TypeError as error:
             raise ValueError(
                 f"parameters must be those of {name}. Got {parameters}: {error}."
+            ) from error
+        except OverflowError as error:
+            raise ValueError(
+                f"parameters must keep {name} in the range of numbers. "
+                f"Got {parameters}: {error}."
             ) from error
     if name in _ROWS:
         if parameters:

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from snnk_jax._samples import check_finite, check_rows, check_samples, thinned
 from snnk_jax.features._base import FeatureMap
 from snnk_jax.features._exponential import Exponential
 from snnk_jax.features._towers import NUM_REFERENCES, TowerFeatures
-from snnk_jax.kernels import check_layer
 from snnk_jax.ops import snnk_dense
 from snnk_jax.ridge._rows import RowSpectrum
 from snnk_jax.typing import Array, Float, Params
@@ -61,7 +62,7 @@ def balance(
       Parameters for the same map.
 
     Raises:
-      ValueError: for another kind of map, shapes that do not fit, or samples that are
+      ValueError: for another kind of map, shapes that do not fit, or values that are
         not finite.
 
     References:
@@ -83,8 +84,7 @@ def balance(
             "features must be URF or Exponential, whose kernels depend on x @ kernel "
             f"alone. Got {type(features).__name__}."
         )
-    check_layer(x, kernel, bias)
-    _check_samples(x, "x")
+    check_samples(x, kernel, bias)
     dtype = params["omega" if "omega" in params else "lengths"].dtype
     data = np.asarray(x, np.float64)
     weights = np.asarray(kernel, np.float64)
@@ -113,7 +113,7 @@ def balance(
             for quantile in (0.9, 1.0)
             for candidate in candidates
         ]
-    judged = x[:: max(1, len(data) // _JUDGED)][:_JUDGED]
+    judged = thinned(x, _JUDGED)
     exact = np.asarray(features.exact(judged, kernel, bias), np.float64)
     errors = []
     for candidate in candidates:
@@ -141,7 +141,8 @@ def set_references(
     outliers would be all noise.
 
     Raises:
-      ValueError: for a map without shrinkage, or samples that are not finite.
+      ValueError: for a map without shrinkage, or samples that are not finite or of
+        another width.
 
     Example:
       >>> import jax
@@ -154,9 +155,12 @@ def set_references(
     """
     if not isinstance(features, TowerFeatures) or not features.shrinkage:
         raise ValueError(f"features must have shrinkage=True. Got {features}.")
-    _check_samples(x, "x")
-    step = max(1, len(x) // NUM_REFERENCES)
-    reference = x[::step][:NUM_REFERENCES].astype(params["reference"].dtype)
+    check_rows(x, "x")
+    width = params["reference"].shape[1]
+    if x.shape[1] != width:
+        raise ValueError(f"x must have width {width}. Got {x.shape}.")
+    check_finite(x, "x")
+    reference = thinned(x, NUM_REFERENCES).astype(params["reference"].dtype)
     return _capped(features, {**params, "reference": reference}, 0.9)
 
 
@@ -301,8 +305,8 @@ def fit_readout(
       The readout in the dtype of ``targets``, and its report.
 
     Raises:
-      ValueError: for shapes that do not fit, values that are not finite, or a negative
-        ``l2``.
+      ValueError: for shapes that do not fit, values that are not finite, targets that
+        are no floats, or a negative ``l2``.
 
     Example:
       >>> import jax
@@ -315,7 +319,7 @@ def fit_readout(
       >>> psi.shape, report.total_loo_r2 > 0.9
       ((256, 8), True)
     """
-    _check_samples(x, "x")
+    check_finite(x, "x")
     return fit_linear(features.phi(params, x), targets, l2)
 
 
@@ -339,8 +343,12 @@ def fit_linear(
         )
     if l2 is not None and not 0 <= l2 < np.inf:
         raise ValueError(f"l2 must be None, or at least 0 and finite. Got {l2}.")
-    _check_samples(phi, "features")
-    _check_samples(targets, "targets")
+    if not jnp.issubdtype(targets.dtype, jnp.floating):
+        raise ValueError(
+            f"targets must be floating; one-hot encode classes. Got {targets.dtype}."
+        )
+    check_finite(phi, "features")
+    check_finite(targets, "targets")
     y = np.asarray(targets, np.float64)
     num = len(y)
     spectrum = RowSpectrum.of(np.asarray(phi, np.float64), y, intercept=False)
@@ -362,7 +370,7 @@ def fit_linear(
         total_r2=_total_explained(residual, spread),
         total_loo_r2=_total_explained(loo, loo_spread),
     )
-    return jnp.asarray(psi, targets.dtype), report
+    return jnp.asarray(psi, jax.dtypes.canonicalize_dtype(targets.dtype)), report
 
 
 def _explained(residual: np.ndarray, spread: np.ndarray) -> np.ndarray:
@@ -374,8 +382,3 @@ def _explained(residual: np.ndarray, spread: np.ndarray) -> np.ndarray:
 def _total_explained(residual: np.ndarray, spread: np.ndarray) -> float:
     total = float(spread.sum())
     return 1 - float(np.sum(residual**2)) / total if total > 0 else float("nan")
-
-
-def _check_samples(values: Array | np.ndarray, name: str) -> None:
-    if not np.all(np.isfinite(np.asarray(values, np.float32))):
-        raise ValueError(f"{name} must be finite. Got inf or NaN among them.")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snnk_jax import activations, calibration, kernels
+from snnk_jax._samples import check_rows, check_samples, thinned
 from snnk_jax.features._arccos import ArcCosine
 from snnk_jax.features._base import FeatureMap
 from snnk_jax.features._urf import URF
@@ -48,7 +49,7 @@ def kappa(x: Float[Array, "n d"], kernel: Float[Array, "d o"]) -> Kappa:
     exponent. Balancing does, where the spectra of inputs and weights decay.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit or values are not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,7 +57,7 @@ def kappa(x: Float[Array, "n d"], kernel: Float[Array, "d o"]) -> Kappa:
       >>> snnk.diagnostics.kappa(jnp.eye(4), jnp.eye(4)).raw
       1.0
     """
-    kernels.check_layer(x, kernel, None)
+    check_samples(x, kernel)
     data, weights = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
     centred = data - data.mean(axis=0)
     # The nuclear norm of X W up to the size of the samples.
@@ -87,10 +88,11 @@ def predicted_rmse(
     The random parts of ``params`` are drawn anew 8 times, what was calibrated is kept,
     and the squared error against ``features.exact`` is averaged over draws, at most 256
     of the samples and 256 outputs: bias, coupled projections, exact columns and
-    shrinkage are all in it. It is infinite where features overflow.
+    shrinkage are all in it. It is infinite where features overflow. The layer of a
+    :class:`~snnk_jax.features.Chain` is one of its inner features.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit or values are not finite.
 
     Example:
       >>> import jax
@@ -102,26 +104,21 @@ def predicted_rmse(
       >>> 0.01 < snnk.diagnostics.predicted_rmse(fm, params, x, kernel) < 0.1
       True
     """
-    kernels.check_layer(x, kernel, bias)
-    x = _thinned(x, _ROWS, axis=0)
-    kernel = _thinned(kernel, _COLUMNS, axis=1)
-    bias = None if bias is None else _thinned(bias, _COLUMNS, axis=0)
-    exact = np.asarray(features.exact(x, kernel, bias), np.float64)
+    check_rows(x, "x")
+    check_samples(features.inner(params, x), kernel, bias)
+    x = thinned(x, _ROWS)
+    kernel = thinned(kernel, _COLUMNS, axis=1)
+    bias = None if bias is None else thinned(bias, _COLUMNS)
     errors = []
     # Not compiled as a whole: it runs a few times only, at a size of its own.
     for key in jax.random.split(jax.random.key(_SEED), _DRAWS):
-        fresh = features.redraw(params, key, kernel.shape[0])
+        fresh = features.redraw(params, key, x.shape[1])
+        inner = features.inner(fresh, x)
+        exact = np.asarray(features.exact(inner, kernel, bias), np.float64)
         estimate = snnk_dense(features, fresh, x, kernel, bias)
         errors.append(np.mean((np.asarray(estimate, np.float64) - exact) ** 2))
     mean = float(np.mean(errors))
     return math.sqrt(mean) if math.isfinite(mean) else math.inf
-
-
-def _thinned(values: Array, count: int, axis: int) -> Array:
-    """At most ``count`` of the rows or columns, evenly spread."""
-    length = values.shape[axis]
-    picks = np.linspace(0, length - 1, min(length, count)).round().astype(int)
-    return jnp.take(values, picks, axis=axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +126,8 @@ class Suggestion:
     """What :func:`suggest_num_features` found.
 
     Attributes:
-      num_features: the smallest m predicted to reach the target, or None: infeasible.
+      num_features: the smallest m tried that is predicted to reach the target, or
+        None: infeasible.
       predicted_rmse: at that m, or the best that was found.
       kappa: of the layer.
       affine_rmse: error of the exact affine map alone, the rival without randomness.
@@ -160,7 +158,8 @@ def suggest_num_features(
     r"""The number of features that brings a layer's error down to a target.
 
     Tries balanced universal random features with an exact affine part and shrinkage,
-    at growing m: twice as many each time, then between the last two.
+    at growing m: twice as many each time up to the maximum, then three times between
+    the last two.
 
     Args:
       activation: f, by name, row or function.
@@ -172,7 +171,8 @@ def suggest_num_features(
       projection: how directions are drawn.
 
     Raises:
-      ValueError: if shapes do not fit, or the target is not positive.
+      ValueError: if shapes do not fit, values are not finite, the target is not
+        positive, or f is affine: it needs no features.
 
     Example:
       >>> import jax
@@ -185,7 +185,7 @@ def suggest_num_features(
       >>> found.num_features is not None and found.predicted_rmse <= 0.07
       True
     """
-    kernels.check_layer(x, kernel, bias)
+    check_samples(x, kernel, bias)
     if not 0 < target_rmse < math.inf:
         raise ValueError(f"target_rmse must be positive and finite. Got {target_rmse}.")
     row = activations.get(activation)
@@ -204,9 +204,9 @@ def suggest_num_features(
     num_features = smallest
     while num_features <= max_num_features:
         tried.append((num_features, *attempt(num_features)))
-        if tried[-1][1] <= target_rmse:
+        if tried[-1][1] <= target_rmse or num_features == max_num_features:
             break
-        num_features *= 2
+        num_features = min(2 * num_features, max_num_features)
     if tried and tried[-1][1] <= target_rmse:
         if len(tried) > 1:
             low = tried[-2][0]
@@ -294,6 +294,9 @@ def affine_rmse(
     The exact affine map that ``exact_degree=1`` carries after centring, where f has no
     kinks: what random features have to beat.
 
+    Raises:
+      ValueError: if shapes do not fit or values are not finite.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import snnk_jax as snnk
@@ -301,6 +304,7 @@ def affine_rmse(
       >>> snnk.diagnostics.affine_rmse("identity", x, jnp.ones((1, 1)))
       0.0
     """
+    check_samples(x, kernel, bias)
     row = activations.get(activation)
     z = jnp.matmul(x, kernel)
     if bias is not None:
@@ -338,6 +342,7 @@ def block_linearity(x: Float[Array, "n d"], outputs: Float[Array, "n o"]) -> Lin
       >>> round(snnk.diagnostics.block_linearity(x, 2 * x + 1).total_r2, 3)
       1.0
     """
+    check_rows(x, "x")
     columns = jnp.concatenate([jnp.ones((len(x), 1), x.dtype), x], axis=1)
     _, report = calibration.fit_linear(columns, outputs)
     return Linearity(report.loo_r2, report.total_loo_r2)
@@ -381,7 +386,8 @@ def layer_report(
 ) -> LayerReport:
     r"""Judges one layer: what carries :math:`f(xW + b)` within a relative error.
 
-    Errors are relative to the spread of each output over the samples. Random features
+    Errors are those of all outputs together, relative to their spread over the samples:
+    an output that varies little weighs little. Random features
     are balanced, with shrinkage; the calibrated readout is that of ReLU features. Both
     have m columns, of which the affine part takes d + 1 where m is twice that.
 
@@ -395,7 +401,7 @@ def layer_report(
       tolerance: the relative error that is good enough; 0.3 is an R^2 of 0.91.
 
     Raises:
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit or values are not finite.
 
     Example:
       >>> import jax
@@ -405,7 +411,7 @@ def layer_report(
       >>> snnk.diagnostics.layer_report("gelu", x, kernel, num_features=64).verdict
       'affine'
     """
-    kernels.check_layer(x, kernel, bias)
+    check_samples(x, kernel, bias)
     row = activations.get(activation)
     dim, outputs = kernel.shape
     if num_features is None:
@@ -419,16 +425,15 @@ def layer_report(
     affine = math.sqrt(max(0.0, 1 - block_linearity(x, target).total_r2))
     random = math.inf
     wide = num_features >= 2 * (dim + 1)
-    if row.coefficients[2:] or not row.coefficients:  # affine functions have no waves
-        degree = 1 if wide else 0
+    degree = 1 if wide else 0
+    try:
         features = _shrunk_urf(row, num_features, sizes, exact_degree=degree)
-        try:
-            params = features.init(jax.random.key(_SEED), dim)
-        except ValueError:
-            pass  # fewer columns than the linear part of the series takes
-        else:
-            params = calibration.balance(features, params, x, kernel, bias)
-            random = predicted_rmse(features, params, x, kernel, bias) / unit
+        params = features.init(jax.random.key(_SEED), dim)
+    except ValueError:
+        pass  # affine, or fewer columns than the linear part of the series takes
+    else:
+        params = calibration.balance(features, params, x, kernel, bias)
+        random = predicted_rmse(features, params, x, kernel, bias) / unit
     columns = [ones, x] if wide else [ones]
     relu = ArcCosine(
         num_features=max(1, num_features - sum(c.shape[1] for c in columns))

@@ -1,4 +1,8 @@
-"""Exact kernels between inputs and weights: what feature maps estimate."""
+"""Exact kernels between inputs and weights: what feature maps estimate.
+
+Computed in float32 or wider, at the highest precision of matrix products, and rounded
+once, to the dtype of the inputs.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +36,8 @@ def ffl(
       >>> snnk.kernels.ffl("relu", jnp.array([1.0, -2.0]), jnp.eye(2))
       Array([1., 0.], dtype=float32)
     """
-    return activations.get(activation)(_affine(x, kernel, bias))
+    z = _affine(x, kernel, bias)
+    return _rounded(activations.get(activation)(z), x)
 
 
 def exponential(
@@ -56,7 +61,7 @@ def exponential(
       >>> snnk.kernels.exponential(jnp.zeros(2), jnp.eye(2))
       Array([1., 1.], dtype=float32)
     """
-    return jnp.exp(_affine(x, kernel, bias))
+    return _rounded(jnp.exp(_affine(x, kernel, bias)), x)
 
 
 def polynomial(
@@ -84,15 +89,8 @@ def polynomial(
     """
     if not len(coefficients):
         raise ValueError("coefficients must be at least one number. Got none.")
-    return horner(coefficients, _affine(x, kernel, bias))
-
-
-def horner(coefficients: Sequence[float], z: Array) -> Array:
-    r""":math:`\sum_j c_j z^j` elementwise, lowest degree first."""
-    value = jnp.full_like(z, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        value = value * z + float(coefficient)
-    return value
+    z = _affine(x, kernel, bias)
+    return _rounded(activations.horner(z, *coefficients), x)
 
 
 def arc_cosine(
@@ -147,12 +145,13 @@ def arc_cosine(
     """
     check_layer(x, kernel, None)
     check_order(order, negative_slope)
+    narrow, x, kernel = x, _widened(x), _widened(kernel)
     x_norm = _norm(x, axis=-1)[..., None]
     w_norm = _norm(kernel, axis=0)
     w_norm = w_norm.reshape((1,) * (x.ndim - 1) + w_norm.shape)
     scale = x_norm * w_norm
     present = scale > 0
-    dot = jnp.matmul(x, kernel)
+    dot = jnp.matmul(x, kernel, precision="highest")
     cos = jnp.clip(dot / jnp.where(present, scale, 1), -1, 1)
     # sqrt has no derivative at 0, which parallel vectors reach: mask before, not after.
     square = 1 - cos * cos
@@ -169,7 +168,7 @@ def arc_cosine(
     value = jnp.where(present, scale**order * angular / jnp.pi, 0)
     if negative_slope:
         value = (1 - negative_slope) ** 2 * value + 2 * negative_slope * dot
-    return value
+    return _rounded(value, narrow)
 
 
 def check_order(order: int, negative_slope: float = 0.0) -> None:
@@ -197,8 +196,23 @@ def check_layer(x: Array, kernel: Array, bias: Array | None) -> None:
 
 def _affine(x: Array, kernel: Array, bias: Array | None) -> Array:
     check_layer(x, kernel, bias)
-    z = jnp.matmul(x, kernel)
-    return z if bias is None else z + bias.reshape((1,) * (z.ndim - 1) + bias.shape)
+    z = jnp.matmul(_widened(x), _widened(kernel), precision="highest")
+    if bias is None:
+        return z
+    return z + _widened(bias).reshape((1,) * (z.ndim - 1) + bias.shape)
+
+
+def _widened(values: Array) -> Array:
+    """In float32 or wider, where exact kernels are computed: they round once."""
+    real = jnp.issubdtype(values.dtype, jnp.floating)
+    wide = real and jnp.finfo(values.dtype).bits >= 32
+    return values if wide else values.astype(jnp.float32)
+
+
+def _rounded(values: Array, like: Array) -> Array:
+    """In the dtype of the inputs, unless they are whole numbers."""
+    real = jnp.issubdtype(like.dtype, jnp.floating)
+    return values.astype(like.dtype) if real else values
 
 
 def _norm(x: Array, axis: int) -> Array:

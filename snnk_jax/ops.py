@@ -18,7 +18,7 @@ def contract(
     Accumulates in float32 or better and returns the dtype of ``phi``.
 
     Raises:
-      ValueError: if the feature axes differ.
+      ValueError: if the feature axes differ, or phi are no floats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -31,6 +31,8 @@ def contract(
             "phi must be [..., m] and psi [m, o] with the same m. "
             f"Got {phi.shape} and {psi.shape}."
         )
+    if not jnp.issubdtype(phi.dtype, jnp.floating):
+        raise ValueError(f"phi must be floating. Got {phi.dtype}.")
     y = jnp.matmul(
         phi,
         psi.astype(phi.dtype),
@@ -44,7 +46,7 @@ def snnk_dense(
     features: FeatureMap,
     params: Params,
     x: Float[Array, "*b d"],
-    kernel: Float[Array, "d o"],
+    kernel: Float[Array, "n o"],
     bias: Float[Array, " o"] | None = None,
 ) -> Float[Array, "*b o"]:
     r"""Estimates a feed-forward layer: :math:`\Phi(x)\Psi(W, b) \approx K(x, (W, b))`.
@@ -53,11 +55,12 @@ def snnk_dense(
       features: the feature map.
       params: what ``features.init(key, d)`` drew.
       x: inputs.
-      kernel: weights in Flax layout.
+      kernel: weights in Flax layout, ``[d, o]``; over the inner features for a
+        :class:`~snnk_jax.features.Chain`.
       bias: biases, or None.
 
     Returns:
-      An estimate of ``features.exact(x, kernel, bias)``.
+      An estimate of ``features.exact(features.inner(params, x), kernel, bias)``.
 
     Raises:
       ValueError: if shapes do not fit.
@@ -73,7 +76,7 @@ def snnk_dense(
       >>> bool(abs(error).max() < 0.3)
       True
     """
-    check_layer(x, kernel, bias)
+    check_layer(features.inner(params, x), kernel, bias)
     return contract(
         features.phi(params, x),
         features.psi(params, kernel, bias),

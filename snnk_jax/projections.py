@@ -118,7 +118,7 @@ def _threefry(
 
 
 def uniforms(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
-    """Uniform float32 numbers inside (0, 1), of the first 24 bits of each word."""
+    """Uniform float32 numbers in (0, 1], of the first 24 bits of each word."""
     return ((bits >> jnp.uint32(8)).astype(jnp.float32) + 0.5) * 2.0**-24
 
 

@@ -552,6 +552,9 @@ def test_wrong_names_and_parameters_are_refused():
         for n in (-1, 1.5):
             with pytest.raises(ValueError, match="n must be an integer of at least 0"):
                 get(name, n=n)
+        assert get(name, n=3.0) == get(name, n=3)
+    with pytest.raises(ValueError, match="keep hermite in the range of numbers"):
+        get("hermite", n=200)
     with pytest.raises(ValueError, match="coefficients must have at least one entry"):
         get("polynomial", coefficients=())
     with pytest.raises(ValueError, match="coefficients must be finite. Got"):

@@ -7,7 +7,7 @@ import pytest
 import sklearn.linear_model
 
 import snnk_jax as snnk
-from snnk_jax.calibration import balance, fit_linear, fit_readout
+from snnk_jax.calibration import balance, fit_linear, fit_readout, set_references
 from snnk_jax.features import URF, ArcCosine, Exponential, Polynomial
 from tests.tiers import slow_but
 
@@ -185,6 +185,23 @@ def test_centring_takes_a_large_mean_out():
     centred = {k: v for k, v in balanced.items() if k != "mean"}
     moved = mse(features, centred, x - mean[None], kernel, shift)
     np.testing.assert_allclose(after, moved, rtol=1e-3)
+
+
+def test_ordered_samples_are_judged_from_end_to_end():
+    # Small inputs first: fewer rows than twice those that are judged.
+    rng = np.random.default_rng(0)
+    norms = np.repeat([0.1, 3.0], [1024, 976])[:, None]
+    x = rng.normal(size=(2000, 4))
+    x = jnp.asarray(norms * x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(4, 6)) / 2, jnp.float32)
+    features = URF(num_features=64, scale=0.6)
+    params = features.init(jax.random.key(1), 4)
+    balanced = balance(features, params, x, kernel)
+    assert mse(features, balanced, x, kernel) <= mse(features, params, x, kernel)
+    shrunk = URF(num_features=64, scale=0.6, shrinkage=True)
+    params = shrunk.init(jax.random.key(1), 4)
+    reference = set_references(shrunk, params, x[1024 - 256 :][:511])["reference"]
+    assert np.linalg.norm(reference, axis=1).max() > 2
 
 
 @pytest.mark.slow
@@ -437,6 +454,13 @@ def test_fitted_readout_beats_the_one_from_weights():
     assert error < 0.1 * mse(features, params, x[1000:], kernel, bias)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_float64_targets_of_numpy_are_taken_without_x64():
+    phi, y = problem(20, 4)
+    psi, _ = fit_linear(phi, np.asarray(y, np.float64))
+    np.testing.assert_array_equal(psi, fit_linear(phi, y)[0])
+
+
 def test_readout_takes_the_dtype_of_the_targets():
     phi, y = problem(20, 4)
     psi, _ = fit_linear(phi, y.astype(jnp.bfloat16))
@@ -446,6 +470,9 @@ def test_readout_takes_the_dtype_of_the_targets():
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_fitted_is_refused():
     phi, y = problem(10, 4)
+    for dtype in (jnp.int32, bool):
+        with pytest.raises(ValueError, match="floating; one-hot encode classes. Got"):
+            fit_linear(phi, y.astype(dtype))
     for bad in (phi[:5], phi[0], phi[None]):
         with pytest.raises(ValueError, match=r"targets \[n, o\] with the same n"):
             fit_linear(bad, y)

@@ -17,7 +17,14 @@ from snnk_jax.diagnostics import (
     predicted_rmse,
     suggest_num_features,
 )
-from snnk_jax.features import URF, ArcCosine, Exponential, Polynomial, TowerFeatures
+from snnk_jax.features import (
+    URF,
+    ArcCosine,
+    Chain,
+    Exponential,
+    Polynomial,
+    TowerFeatures,
+)
 
 WIDTH = 16
 # What `redraw` draws anew; the rest of the parameters is calibrated.
@@ -266,6 +273,67 @@ def test_a_limit_below_the_smallest_map_is_named():
     assert "not 0.05" not in found.reason  # the smallest map does reach it
 
 
+def test_the_largest_number_is_tried():
+    # Twice the smallest, 69 for inputs of width 4, would be beyond the maximum.
+    x, kernel, _ = make_layer(1.0, width=4, outputs=8)
+
+    def suggest(target):
+        return suggest_num_features(
+            "cos", x, kernel, target_rmse=target, max_num_features=137
+        )
+
+    best = suggest(1e-9)
+    assert best.num_features is None
+    assert best.features.num_features == 137
+    found = suggest(1.001 * best.predicted_rmse)
+    assert found.num_features is not None
+    assert found.num_features > 69
+
+
+def test_a_chain_is_predicted_on_its_inner_features():
+    chain = Chain((ArcCosine(num_features=16), ArcCosine(num_features=512)))
+    params = chain.init(jax.random.key(0), WIDTH)
+    x, kernel, _ = make_layer(1.0)
+    # The layer is one of the inner features, whatever the width of the inputs.
+    inner = chain.inner(params, x)
+    found = predicted_rmse(chain, params, x, kernel)
+    last = {"omega": params["map1_omega"]}
+    plain = predicted_rmse(chain.maps[1], last, inner, kernel)
+    assert found == pytest.approx(plain, rel=0.3)
+    y = snnk.snnk_dense(chain, params, x, kernel)
+    error = np.sqrt(np.mean(float64(y - chain.exact(inner, kernel)) ** 2))
+    assert error == pytest.approx(found, rel=0.5)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_samples_are_rows_of_finite_numbers():
+    x, kernel, bias = make_layer(0.5)
+    features = URF(num_features=64)
+    params = features.init(jax.random.key(0), WIDTH)
+    shrunk = URF(num_features=64, shrinkage=True)
+    references = shrunk.init(jax.random.key(0), WIDTH)
+    calls = {
+        "kappa": lambda x: kappa(x, kernel),
+        "predicted_rmse": lambda x: predicted_rmse(features, params, x, kernel),
+        "affine_rmse": lambda x: affine_rmse("gelu", x, kernel, bias),
+        "block_linearity": lambda x: block_linearity(x, x),
+        "layer_report": lambda x: layer_report("gelu", x, kernel),
+        "suggest": lambda x: suggest_num_features("gelu", x, kernel, target_rmse=1.0),
+        "balance": lambda x: calibration.balance(features, params, x, kernel),
+        "references": lambda x: calibration.set_references(shrunk, references, x),
+    }
+    for call in calls.values():
+        for wrong in (x.reshape(5, -1, WIDTH), x[0], x[:0]):
+            with pytest.raises(ValueError, match=r"x must be rows \[n, d\].* Got \("):
+                call(wrong)
+        with pytest.raises(ValueError, match="must be finite. Got inf or NaN"):
+            call(x.at[1, 2].set(math.nan))
+    with pytest.raises(ValueError, match="kernel must be finite"):
+        calibration.balance(features, params, x, kernel.at[0, 0].set(math.inf))
+    with pytest.raises(ValueError, match=r"x must have width 16. Got \(400, 3\)"):
+        calibration.set_references(shrunk, references, x[:, :3])
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_targets_are_refused():
     x, kernel, bias = make_layer(0.5)
@@ -393,8 +461,19 @@ def test_default_number_is_the_break_even():
     assert report.verdict == "affine"
 
 
-def test_an_affine_activation_is_affine():
+@pytest.mark.parametrize(
+    "activation",
+    [
+        "identity",
+        snnk.activations.get("polynomial", coefficients=(0.0, 1.0, 0.0)),
+        lambda z: 2 * z + 1,
+    ],
+    ids=["identity", "polynomial", "function"],
+)
+def test_an_affine_activation_is_affine(activation):
     x, kernel, bias = make_layer(1.0)
-    report = layer_report("identity", x, kernel, bias, num_features=64)
+    report = layer_report(activation, x, kernel, bias, num_features=64)
     assert report.verdict == "affine"
     assert report.affine < 1e-5
+    with pytest.raises(ValueError, match="must not be affine"):
+        suggest_num_features(activation, x, kernel, target_rmse=0.1)

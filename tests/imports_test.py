@@ -17,11 +17,15 @@ CORE = {
     "activations": {"typing"},
     "projections": {"typing"},
     "kernels": {"typing", "activations"},
+    "_samples": {"typing", "kernels"},
     "features": {"typing", "activations", "projections", "kernels"},
     "ops": {"typing", "kernels", "features"},
-    "calibration": {"typing", "activations", "kernels", "features", "ops", "ridge"},
+    "calibration": {
+        *("typing", "activations", "kernels", "features", "ops", "ridge", "_samples"),
+    },
     "diagnostics": {
         *("typing", "activations", "kernels", "features", "ops", "calibration"),
+        "_samples",
     },
     "bundling": {"typing", "kernels", "features", "ops", "calibration"},
     "ridge": {"typing", "activations"},
@@ -30,7 +34,7 @@ CORE = {
 FLAX = {
     "nn": {
         *("typing", "activations", "projections", "features", "ops"),
-        *("calibration", "diagnostics", "bundling", "surgery"),
+        *("calibration", "diagnostics", "bundling", "surgery", "_samples"),
     },
     "surgery": {"typing"},
     "models": {"typing", "_files"},

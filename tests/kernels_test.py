@@ -242,3 +242,28 @@ def test_wrong_arguments_are_refused():
             ValueError, match=r"bias must have shape \(3,\). Got \(1,\)"
         ):
             kernel_of(x, kernel, jnp.ones(1))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_narrow_kernels_round_once(order):
+    x, kernel = (
+        jnp.asarray(a, jnp.bfloat16) for a in (normal(6, 64), normal(64, 5, seed=1))
+    )
+    wide = [a.astype(jnp.float32) for a in (x, kernel)]
+    for exact in (
+        functools.partial(kernels.arc_cosine, order=order),
+        functools.partial(kernels.ffl, "tanh"),
+        kernels.exponential,
+        functools.partial(kernels.polynomial, (0.5, -1.0, 0.3)),
+    ):
+        found = exact(x, kernel / 8)
+        expected = exact(wide[0], wide[1] / 8).astype(jnp.bfloat16)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_whole_numbers_are_computed_as_floats():
+    x, kernel = jnp.array([[3]]), jnp.array([[1]])
+    np.testing.assert_allclose(kernels.polynomial((0.0, 0.5), x, kernel), [[1.5]])
+    np.testing.assert_allclose(kernels.ffl("tanh", x, kernel), np.tanh([[3.0]]))

@@ -91,6 +91,8 @@ def test_wrong_shapes_are_refused():
             ValueError, match=r"phi must be \[..., m\] and psi \[m, o\]"
         ):
             snnk.contract(jnp.ones(phi), jnp.ones(psi))
+    with pytest.raises(ValueError, match="phi must be floating. Got int32"):
+        snnk.contract(jnp.ones((2, 3), jnp.int32), jnp.ones((3, 1)))
     features = snnk.features.URF(num_features=8)
     params = features.init(jax.random.key(0), 4)
     with pytest.raises(ValueError, match=r"x must be .* Got \(2, 5\) and \(4, 3\)"):

@@ -25,6 +25,9 @@ class AppendOne(FeatureMap):
     Parameters: those of the map inside. ``num_features``, ``projection`` and
     ``precision`` are its own as well.
 
+    Raises:
+      ValueError: for something else than a feature map inside.
+
     Example:
       >>> import jax
       >>> import snnk_jax as snnk
@@ -41,6 +44,8 @@ class AppendOne(FeatureMap):
     precision: Precision | None = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
+        if not isinstance(self.features, FeatureMap):
+            raise ValueError(f"features must be a feature map. Got {self.features!r}.")
         for name in ("num_features", "projection", "precision"):
             object.__setattr__(self, name, getattr(self.features, name))
         super().__post_init__()

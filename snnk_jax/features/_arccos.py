@@ -85,6 +85,7 @@ class ArcCosine(FeatureMap):
     ) -> Float[Array, "m o"]:
         """Maps weights to the readout; ``bias`` must be None."""
         _refuse_bias(bias)
+        kernels.check_layer(kernel.T, kernel, None)
         return self.phi(params, kernel.T).T
 
     def exact(

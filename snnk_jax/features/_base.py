@@ -82,6 +82,13 @@ class FeatureMap(abc.ABC):
     ) -> Float[Array, "*b o"]:
         """The kernel that ``phi @ psi`` estimates without bias."""
 
+    def inner(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b n"]:
+        """What the weights of :meth:`psi` and :meth:`exact` are a layer of: the inputs.
+
+        For a :class:`~snnk_jax.features.Chain` the features before the last map.
+        """
+        return x
+
     def redraw(self, params: Params, key: PRNGKeyArray, dim: int) -> Params:
         """Draws the random parts of ``params`` anew and keeps what was calibrated."""
         dtype = next(

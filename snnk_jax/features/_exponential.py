@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from snnk_jax import activations
-from snnk_jax.features._towers import Layout, Terms, TowerFeatures, taylor
+from snnk_jax.features._towers import Layout, Terms, TowerFeatures, log_damping, taylor
 from snnk_jax.typing import Array, Dtype, Params, UInt32
 
 
@@ -87,10 +87,11 @@ class Exponential(TowerFeatures):
         one = jnp.ones(())
         return one, one / layout.directions, jnp.zeros(())
 
-    def _input_tower(self, z: Array, square: Array, log_damp: Array) -> list[Array]:
-        tower = jnp.exp(z - square / 2 + log_damp)
+    def _input_tower(self, z: Array, square: Array, cap: Array | None) -> list[Array]:
+        damp = log_damping(square, cap)
+        tower = jnp.exp(z - square / 2 + damp)
         if self.exact_degree is not None:
-            tower = tower - jnp.exp(log_damp) * taylor(z, square, self.exact_degree)
+            tower = tower - jnp.exp(damp) * taylor(z, square, self.exact_degree)
         return [tower]
 
     def _weight_factors(self, phase: Array) -> list[Array]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snnk_jax import kernels, projections
+from snnk_jax import activations, kernels, projections
 from snnk_jax.features._base import (
     FeatureMap,
     accumulation_dtype,
@@ -154,11 +154,15 @@ class Polynomial(FeatureMap):
           (1, 6, 1, 16)
         """
         sizes = _derivatives(tuple(map(abs, self.coefficients)))
-        weights = [
-            self.kappa**j * float(np.polyval(row[::-1], self.bias_scale))
-            for j, row in enumerate(sizes)
-        ]
-        return 1, *share_out(self.num_features - 1, weights[1:])
+        values = [float(np.polyval(row[::-1], self.bias_scale)) for row in sizes[1:]]
+        # Powers of kappa leave the range of numbers long before their ratios matter.
+        logs = np.array(
+            [
+                j * math.log(self.kappa) + (math.log(v) if v else -math.inf)
+                for j, v in enumerate(values, 1)
+            ]
+        )
+        return 1, *share_out(self.num_features - 1, np.exp(logs - logs.max()))
 
     def init(self, key: PRNGKeyArray, dim: int, dtype: Dtype = jnp.float32) -> Params:
         """Draws the sketches; see :class:`FeatureMap`."""
@@ -283,11 +287,12 @@ class Polynomial(FeatureMap):
             padding = projections.power_of_two(width) - width
             y = jnp.pad(y, [(0, 0)] * x.ndim + [(0, padding)])
             y = projections.walsh_hadamard(y, self.precision)
-            y = y.reshape(*x.shape[:-1], -1)
+            y = y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
             return jnp.take(y, params["rows"], axis=-1)
         # Examples last: sums of whole rows, twice as fast as a product with a one-hot
         # matrix and exact at any precision.
-        y = jnp.moveaxis(y.reshape(*x.shape[:-1], -1), -1, 0)
+        y = y.reshape(*x.shape[:-1], y.shape[-2] * y.shape[-1])
+        y = jnp.moveaxis(y, -1, 0)
         total = sum(self._factor_sizes)
         y = jax.ops.segment_sum(y, params["buckets"].ravel(), num_segments=total)
         return jnp.moveaxis(y, 0, -1)
@@ -296,7 +301,9 @@ class Polynomial(FeatureMap):
         """The Taylor coefficients of f at the biases, ``D + 1`` times ``[o]``."""
         wide = accumulation_dtype(kernel.dtype)
         shift = jnp.zeros(kernel.shape[1], wide) if bias is None else bias.astype(wide)
-        return [kernels.horner(row, shift) for row in _derivatives(self.coefficients)]
+        return [
+            activations.horner(shift, *row) for row in _derivatives(self.coefficients)
+        ]
 
 
 def _derivatives(coefficients: Sequence[float]) -> list[list[float]]:

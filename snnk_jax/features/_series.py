@@ -54,7 +54,7 @@ class FourierSeries:
         features have a root mean square error of this over :math:`\sqrt{m}`.
         """
         return sum(
-            abs(atom.amplitude) * math.exp(abs(atom.frequency) * kappa)
+            abs(atom.amplitude) * _exp(abs(atom.frequency) * kappa)
             for atom in self.atoms
         )
 
@@ -96,6 +96,10 @@ def fourier_series(
     if not 0 < half_width < math.inf:
         raise ValueError(f"half_width must be positive and finite. Got {half_width}.")
     return _fit(activations.get(activation), num_terms, float(half_width))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else math.inf
 
 
 @functools.lru_cache(maxsize=256)

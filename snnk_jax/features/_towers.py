@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -152,10 +153,11 @@ class TowerFeatures(FeatureMap):
         """Rate, amplitude and phase of each direction; the first may be a scalar."""
 
     @abc.abstractmethod
-    def _input_tower(self, z: Array, square: Array, log_damp: Array) -> list[Array]:
+    def _input_tower(self, z: Array, square: Array, cap: Array | None) -> list[Array]:
         """The blocks of columns of phi, their Taylor part subtracted.
 
-        All is multiplied by ``exp(log_damp)``, inside the exponential.
+        Where ``square`` is above ``cap`` all is multiplied by
+        ``exp((cap - square) / 2)``, inside the exponential.
         """
 
     @abc.abstractmethod
@@ -258,7 +260,8 @@ class TowerFeatures(FeatureMap):
             shift = shift + bias.astype(wide)
         if "mean" in params:
             mean = params["mean"].astype(wide)
-            shift = shift + jnp.matmul(mean, kernel.astype(wide))
+            product = jnp.matmul(mean, kernel.astype(wide), precision=self.precision)
+            shift = shift + product
         blocks = self._random_readout(params, kernel, shift, layout)
         exact = []
         if layout.exact:
@@ -283,13 +286,18 @@ class TowerFeatures(FeatureMap):
         """An input norm up to which :meth:`phi` is finite in ``dtype``.
 
         Without balancing it is the exact limit for waves; :meth:`phi` is NaN beyond.
+        Inputs that balancing centres may be anywhere at this norm.
         """
         limit = math.log(float(jnp.finfo(dtype).max))
         if "metric" in params:
             size = jnp.linalg.norm(params["metric"].astype(jnp.float32), ord=2)
         else:
             size = params["scale"].astype(jnp.float32)
-        return (2 * limit / self._max_rate(params)) ** 0.5 / size
+        distance = (2 * limit / self._max_rate(params)) ** 0.5 / size
+        if "mean" not in params:
+            return distance
+        mean = jnp.linalg.norm(params["mean"].astype(jnp.float32))
+        return jnp.maximum(distance - mean, 0)
 
     def _check_width(self, params: Params, x: Array) -> None:
         omega = params["omega" if "omega" in params else "input_signs"]
@@ -319,10 +327,8 @@ class TowerFeatures(FeatureMap):
         rates = self._waves(params, layout)[0].astype(z.dtype)
         root, rates = _along_last(jnp.sqrt(rates), z), _along_last(rates, z)
         factor = layout.directions**-0.5
-        excess = jnp.zeros((), z.dtype)
-        if "cap" in params:
-            excess = jnp.maximum(square - params["cap"].astype(z.dtype), 0)
-        blocks = self._input_tower(root * z, rates * square, -rates * excess / 2)
+        cap = rates * params["cap"].astype(z.dtype) if "cap" in params else None
+        blocks = self._input_tower(root * z, rates * square, cap)
         return [_finite(factor * block, x.dtype) for block in blocks]
 
     def _random_readout(
@@ -354,7 +360,9 @@ class TowerFeatures(FeatureMap):
         stretch = params.get("stretch", jnp.asarray(math.sqrt(1 - 4 * self.shape)))
         stretch = jnp.broadcast_to(stretch.astype(g.dtype), g.shape[1:])
         shape = (1 - stretch * stretch) / 4
-        return (jnp.sum(jnp.log(stretch)) + 2 * jnp.matmul(g * g, shape))[None, :]
+        # An exponent: a bfloat16 pass would cost its digits.
+        exponent = jnp.matmul(g * g, shape, precision="highest")
+        return (jnp.sum(jnp.log(stretch)) + 2 * exponent)[None, :]
 
     def _exact_readout(self, kernel: Array, shift: Array) -> list[Array]:
         """Rows that carry the polynomial part, in the order of the exact columns."""
@@ -386,15 +394,16 @@ class TowerFeatures(FeatureMap):
         x = params["reference"].astype(shift.dtype)
         x = _centred(params, x)
         wide = kernel.astype(shift.dtype)
-        target = self.row(jnp.matmul(x, wide) + shift[None, :])
+        product = functools.partial(jnp.matmul, precision=self.precision)
+        target = self.row(product(x, wide) + shift[None, :])
         if layout.exact:
             columns = jnp.concatenate(_exact_columns(x, self._carried_degree), axis=-1)
-            target = target - jnp.matmul(columns, jnp.concatenate(exact, axis=0))
+            target = target - product(columns, jnp.concatenate(exact, axis=0))
         columns = self._random_columns(params, x, layout)
         edges = np.cumsum((0, *layout.counts))
         parts = [
             sum(
-                jnp.matmul(column[:, lo:hi], block[lo:hi])
+                product(column[:, lo:hi], block[lo:hi])
                 for column, block in zip(columns, blocks, strict=True)
             )
             for lo, hi in itertools.pairwise(edges)
@@ -403,6 +412,11 @@ class TowerFeatures(FeatureMap):
         factors = jax.lax.stop_gradient(_shrinkage_factors(jnp.stack(parts), target))
         factors = jnp.repeat(factors, np.array(layout.counts), axis=0)
         return [jnp.where(factors > 0, factors * block, 0) for block in blocks]
+
+
+def log_damping(square: Array, cap: Array | None) -> Array:
+    """The logarithm of what columns beyond the cap are multiplied with."""
+    return jnp.zeros_like(square) if cap is None else jnp.minimum(cap - square, 0) / 2
 
 
 def taylor(z: Array, square: Array, degree: int) -> Array | int:
@@ -423,8 +437,9 @@ def _shrinkage_factors(parts: Array, target: Array) -> Array:
     size = jnp.sqrt(jnp.mean(parts * parts, axis=1, keepdims=True))
     size = jnp.where(size > 0, size, 1)
     scaled = jnp.moveaxis(parts / size, -1, 0)  # [o, groups, n]
-    gram = jnp.matmul(scaled, jnp.swapaxes(scaled, 1, 2)) / target.shape[0]
-    moment = jnp.einsum("ogn,no->og", scaled, target) / target.shape[0]
+    gram = jnp.matmul(scaled, jnp.swapaxes(scaled, 1, 2), precision="highest")
+    moment = jnp.einsum("ogn,no->og", scaled, target, precision="highest")
+    gram, moment = gram / target.shape[0], moment / target.shape[0]
     gram = gram + 1e-4 * jnp.eye(len(parts), dtype=gram.dtype)[None]
     solution = jnp.linalg.solve(gram, moment[..., None])
     single = jnp.clip(solution[..., 0].T / size[:, 0], 0, 1)
@@ -472,7 +487,7 @@ def _pairs(x: Array) -> Array:
     weight = np.where(i == j, 1.0, math.sqrt(2))
     wide = x.astype(accumulation_dtype(x.dtype))
     weight = jnp.asarray(weight, wide.dtype).reshape((1,) * (x.ndim - 1) + i.shape)
-    return (weight * wide[..., i] * wide[..., j]).astype(x.dtype)
+    return _finite(weight * wide[..., i] * wide[..., j], x.dtype)
 
 
 def _finite(value: Array, dtype: Dtype) -> Array:

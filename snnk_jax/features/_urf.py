@@ -10,7 +10,7 @@ import numpy as np
 from snnk_jax import activations
 from snnk_jax.features._sampling import amplified_mass, sample_rates
 from snnk_jax.features._series import FourierSeries, fourier_series
-from snnk_jax.features._towers import Layout, Terms, TowerFeatures
+from snnk_jax.features._towers import Layout, Terms, TowerFeatures, log_damping
 from snnk_jax.features._trig import cos_sin
 from snnk_jax.typing import Array, Dtype, Params, UInt32
 
@@ -160,7 +160,9 @@ class URF(TowerFeatures):
     @property
     def _atoms(self) -> tuple[activations.Atom, ...]:
         series = self.series
-        return self.row.atoms if series is None else series.atoms
+        if series is not None:
+            return series.atoms
+        return tuple(atom for atom in self.row.atoms if atom.amplitude)
 
     @property
     def terms(self) -> Terms:
@@ -206,11 +208,12 @@ class URF(TowerFeatures):
             rates, amplitudes, phases = rates[0], amplitudes[0], phases[0]
         return jnp.asarray(rates), jnp.asarray(amplitudes), jnp.asarray(phases)
 
-    def _input_tower(self, z: Array, square: Array, log_damp: Array) -> list[Array]:
-        size = jnp.exp(square / 2 + log_damp)
+    def _input_tower(self, z: Array, square: Array, cap: Array | None) -> list[Array]:
+        # Not square / 2 less the excess: the two would cancel, and lose the difference.
+        size = jnp.exp((square if cap is None else jnp.minimum(square, cap)) / 2)
         cosine, sine = (size * wave for wave in cos_sin(z))
         if self.exact_degree is not None:
-            damp = jnp.exp(log_damp)
+            damp = jnp.exp(log_damping(square, cap))
             cosine = cosine - damp
             if self.exact_degree >= 1:
                 sine = sine - damp * z

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from snnk_jax.calibration import balance
 from snnk_jax.features import FeatureMap
 from snnk_jax.nn._linear import check_plain, sample_rows
 from snnk_jax.nn._projection import Projection, projection_key
@@ -97,7 +96,7 @@ class SNNKDense(nnx.Module):
         Raises:
           ValueError: if ``linear`` is a subclass with a call of its own, has a bias
             that the feature map cannot carry, or ``x`` is given for a map that cannot
-            be balanced, or has another width.
+            be balanced, or has another width; for a Chain, which is no layer of x.
 
         Example:
           >>> import snnk_jax as snnk
@@ -121,13 +120,9 @@ class SNNKDense(nnx.Module):
             readout_init=nnx.initializers.zeros_init(),
             rngs=rngs,
         )
-        kernel = linear.kernel[...]
-        bias = None if linear.bias is None else linear.bias[...]
         if rows is not None:
-            params = layer.projection.params
-            layer.projection.calibrate(balance(features, params, rows, kernel, bias))
-        psi = features.psi(layer.projection.params, kernel, bias)
-        layer.readout[...] = psi
+            layer.projection.balance(linear, rows)
+        layer.readout[...] = layer.projection.psi(linear)
         return layer
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:

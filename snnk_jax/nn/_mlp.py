@@ -3,7 +3,6 @@
 from flax import nnx
 
 from snnk_jax.bundling import merge_readout
-from snnk_jax.calibration import balance
 from snnk_jax.features import FeatureMap
 from snnk_jax.nn._dense import SNNKDense
 from snnk_jax.nn._linear import is_plain, sample_rows
@@ -101,12 +100,9 @@ class SNNKMlp(SNNKDense):
             readout_init=nnx.initializers.zeros_init(),
             rngs=rngs,
         )
-        kernel = up.kernel[...]
-        bias = None if up.bias is None else up.bias[...]
         if rows is not None:
-            params = block.projection.params
-            block.projection.calibrate(balance(features, params, rows, kernel, bias))
-        psi = features.psi(block.projection.params, kernel, bias)
+            block.projection.balance(up, rows)
+        psi = block.projection.psi(up)
         block.readout[...] = merge_readout(psi, down.kernel[...])
         if block.bias is not None and down.bias is not None:
             block.bias[...] = down.bias[...]

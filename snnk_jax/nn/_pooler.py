@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from snnk_jax.bundling import merge_bias, merge_readout
-from snnk_jax.calibration import balance, fit_linear
+from snnk_jax.calibration import fit_linear
 from snnk_jax.features import FeatureMap
 from snnk_jax.features._towers import TowerFeatures
 from snnk_jax.nn._dense import SNNKDense
@@ -111,13 +111,10 @@ class SNNKPooler(SNNKDense):
         )
         if init == "random":
             return layer
-        kernel = dense.kernel[...]
-        bias = None if dense.bias is None else dense.bias[...]
         if rows is not None and balanced:
-            params = layer.projection.params
-            layer.projection.calibrate(balance(features, params, rows, kernel, bias))
+            layer.projection.balance(dense, rows)
         if init == "psi":
-            layer.readout[...] = features.psi(layer.projection.params, kernel, bias)
+            layer.readout[...] = layer.projection.psi(dense)
             return layer
         assert rows is not None
         assert layer.bias is not None

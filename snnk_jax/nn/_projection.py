@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from snnk_jax import projections
-from snnk_jax.features import FeatureMap
+from snnk_jax.calibration import balance
+from snnk_jax.features import Chain, FeatureMap
 from snnk_jax.nn._variables import AdapterParam, RandomProjection
 from snnk_jax.surgery import find_modules, path_name
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
@@ -114,6 +115,24 @@ class Projection(Drawn):
         """The parameters of the map that a key stands for."""
         return self.features.init(key, self.dim, self.param_dtype)
 
+    def balance(self, linear: nnx.Linear, x: Float[Array, "n d"]) -> None:
+        """Fits the scaling of the map to a Linear and inputs of it."""
+        params = balance(self.features, self.params, x, *_weights(linear))
+        self.calibrate(params)
+
+    def psi(self, linear: nnx.Linear) -> Float[Array, "m o"]:
+        """The readout that estimates the activation behind a Linear.
+
+        Raises:
+          ValueError: for a Chain, whose kernel is not one of the inputs.
+        """
+        if isinstance(self.features, Chain):
+            raise ValueError(
+                "features must estimate a layer of their inputs, to be given its "
+                f"weights; train or fit the readout of a Chain. Got {self.features}."
+            )
+        return self.features.psi(self.params, *_weights(linear))
+
     def redraw(self, key: PRNGKeyArray) -> None:
         """Draws other directions; balancing and references are kept."""
         params = self.features.redraw(self.params, key, self.dim)
@@ -122,6 +141,10 @@ class Projection(Drawn):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         return self.features.phi(self.params, x)
+
+
+def _weights(linear: nnx.Linear) -> tuple[Array, Array | None]:
+    return linear.kernel[...], None if linear.bias is None else linear.bias[...]
 
 
 def redraw(model: nnx.Module, *, rngs: nnx.Rngs) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from snnk_jax._samples import thinned
 from snnk_jax.activations import Activation
 from snnk_jax.activations import get as get_activation
 from snnk_jax.diagnostics import LayerReport, layer_report
@@ -113,9 +114,7 @@ class _Samples:
 
     def thinned(self, count: int) -> np.ndarray:
         """At most ``count`` of them, evenly spread."""
-        rows = np.concatenate(self.calls)
-        picks = np.linspace(0, len(rows) - 1, min(len(rows), count))
-        return rows[picks.round().astype(int)]
+        return np.asarray(thinned(jnp.asarray(np.concatenate(self.calls)), count))
 
 
 class _Recorder(nnx.Module):

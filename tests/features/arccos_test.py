@@ -132,6 +132,8 @@ def test_wrong_arguments_are_refused():
         ArcCosine(negative_slope=float("nan"), num_features=4)
     features, params = make(1)
     x = make_inputs()
+    with pytest.raises(ValueError, match=r"kernel \[d, o\] with the same d"):
+        features.psi(params, x[0])
     with pytest.raises(ValueError, match="no bias term.*Append 1"):
         features.psi(params, x.T, jnp.zeros(5))
     with pytest.raises(ValueError, match="no bias term"):

@@ -213,3 +213,9 @@ def test_wrong_arguments_are_refused():
         chain.psi(params, jnp.ones((DIM, 3)))
     with pytest.raises(ValueError, match="num and dim must be at least 1"):
         chain.init(jax.random.key(0), 0)
+    with pytest.raises(ValueError, match="readout of a Chain"):
+        snnk.nn.SNNKDense.from_linear(
+            nnx.Linear(6, 3, use_bias=False, rngs=nnx.Rngs(0)),
+            features=chain,
+            rngs=nnx.Rngs(1),
+        )

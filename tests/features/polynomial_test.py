@@ -231,6 +231,8 @@ def test_columns():
     assert columns(13, (0, 0, 1), bias_scale=2.0) == (1, 9, 3)
     for num_features in range(4, 60):
         assert sum(columns(num_features, COEFFICIENTS, kappa=0.3)) == num_features
+    assert columns(24, (9, -1, 0, 3), kappa=1e-200) == (1, 21, 1, 1)
+    assert columns(24, (9, -1, 0, 3), kappa=1e200) == (1, 1, 1, 21)
 
 
 def test_allocation_lowers_the_variance():
@@ -444,3 +446,10 @@ def test_rounded_indices_are_refused(sketch):
     rounded = {name: value.astype("bfloat16") for name, value in params.items()}
     with pytest.raises((TypeError, ValueError), match="integer"):
         features.phi(rounded, make_inputs()[0])
+
+
+@each_sketch
+def test_no_examples_have_no_features(sketch):
+    features = make(sketch)
+    params = features.init(jax.random.key(0), 4)
+    assert features.phi(params, jnp.zeros((0, 4))).shape == (0, 16)

@@ -193,6 +193,20 @@ def test_finite_at_any_norm(name, dtype):
     )
 
 
+def test_columns_keep_their_size_beyond_the_cap():
+    # Half of the squared norm less the excess would lose all digits out there.
+    features = make("cos", 1.0)
+    params = features.init(jax.random.key(0), WIDTH)
+    x = jnp.asarray(unit(8, WIDTH, 3), jnp.float32)
+    layout = features.layout(WIDTH)
+    cosines = slice(layout.exact, layout.exact + layout.directions)
+    sizes = [
+        np.sqrt(np.mean(np.asarray(features.phi(params, norm * x))[:, cosines] ** 2))
+        for norm in (1e3, 1e5)
+    ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+
+
 @pytest.mark.slow
 def test_gradients_do_not_go_through_the_choice():
     # The gradient of the readout is that of the unshrunk one times the factors.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import snnk_jax as snnk
-from snnk_jax.features import URF
+from snnk_jax.features import URF, AppendOne
 
 WIDTH = 8
 
@@ -39,6 +39,24 @@ def test_max_input_norm_is_tight():
     limit = features.max_input_norm(params)
     assert np.isfinite(features.phi(params, unit(WIDTH) * (limit * 0.9999))).all()
     assert np.isnan(features.phi(params, unit(WIDTH) * (limit * 1.0001))).all()
+
+
+def test_max_input_norm_counts_the_mean():
+    features = URF(num_features=2, scale=0.5)
+    mean = 10 * jnp.eye(WIDTH)[0]
+    params = features.init(jax.random.key(0), WIDTH) | {"mean": mean}
+    limit = features.max_input_norm(params)
+    for sign in (-0.999, 0.999):
+        x = sign * limit * jnp.eye(WIDTH)[0]
+        assert np.isfinite(features.phi(params, x)).all()
+
+
+def test_exact_pairs_are_nan_never_inf():
+    features = URF(num_features=64, exact_degree=2)
+    params = features.init(jax.random.key(0), 4)
+    phi = np.asarray(features.phi(params, jnp.full(4, 1e20)))
+    assert np.isnan(phi).any()
+    assert not np.isinf(phi).any()
 
 
 def test_no_inf_at_any_size_of_the_exponent():
@@ -117,6 +135,10 @@ def test_best_scale_is_the_documented_one():
 def test_wrong_fields_are_refused():
     with pytest.raises(ValueError, match="must not be affine.*Got 'identity'"):
         URF(activation="identity", num_features=4)
+    with pytest.raises(ValueError, match="must not be affine.*Got 'cos'"):
+        URF(activation=snnk.activations.get("cos", a=0.0), num_features=4)
+    with pytest.raises(ValueError, match="features must be a feature map. Got 'relu'"):
+        AppendOne("relu")
     with pytest.raises(ValueError, match="spectrum must be 'auto', .* Got 'all'"):
         URF(num_features=4, spectrum="all")
     with pytest.raises(ValueError, match="exact_degree must be None, 0, 1 or 2. Got 3"):
