@@ -89,8 +89,9 @@ class TowerFeatures(FeatureMap):
         columns, and subtract from both random towers their own Taylor part of this
         degree. The estimate stays unbiased, since the parts of different degree of
         the two towers are uncorrelated. Where the map estimates a series of a function
-        with kinks, the parts are those of the series: at a kink f has none. None leaves
-        the towers as they are.
+        with kinks, the parts are those of the series: at a kink f has none. With
+        shrinkage each output takes the better of the two. None leaves the towers as
+        they are.
       shrinkage: multiply the random part of each output, frequency by frequency, by
         the factors in [0, 1] that minimise the squared error on reference inputs:
         isotropic ones with :math:`\lVert x\rVert = \sqrt\kappa / c`, or samples, see
@@ -135,9 +136,9 @@ class TowerFeatures(FeatureMap):
         """The activation f."""
 
     @property
-    def carried(self) -> activations.Activation:
-        """The function whose Taylor part the exact columns carry."""
-        return self.row
+    def carried(self) -> tuple[activations.Activation, ...]:
+        """The functions whose Taylor part the exact columns may carry, best first."""
+        return (self.row,)
 
     @property
     @abc.abstractmethod
@@ -263,12 +264,14 @@ class TowerFeatures(FeatureMap):
             product = jnp.matmul(mean, kernel.astype(wide), precision=self.precision)
             shift = shift + product
         blocks = self._random_readout(params, kernel, shift, layout)
-        exact = []
-        if layout.exact:
-            exact = self._exact_readout(kernel.astype(wide), shift)
+        exact = [
+            self._exact_readout(kernel.astype(wide), shift, function)
+            for function in self.carried
+        ]
         if self.shrinkage:
             blocks = self._shrunk(params, kernel, shift, layout, exact, blocks)
-        blocks = exact + blocks
+        else:
+            blocks = exact[0] + blocks
         if layout.padding:
             blocks = [*blocks, jnp.zeros((layout.padding, kernel.shape[1]), wide)]
         return _finite(jnp.concatenate(blocks, axis=0), kernel.dtype)
@@ -364,11 +367,15 @@ class TowerFeatures(FeatureMap):
         exponent = jnp.matmul(g * g, shape, precision="highest")
         return (jnp.sum(jnp.log(stretch)) + 2 * exponent)[None, :]
 
-    def _exact_readout(self, kernel: Array, shift: Array) -> list[Array]:
+    def _exact_readout(
+        self, kernel: Array, shift: Array, function: activations.Activation
+    ) -> list[Array]:
         """Rows that carry the polynomial part, in the order of the exact columns."""
-        terms, degree, function = self.terms, self.exact_degree, self.carried
+        terms, degree = self.terms, self.exact_degree
         own = -1 if degree is None else degree
         rows = []
+        if self._carried_degree < 0:
+            return rows
         if own >= 0:
             rows.append(function(shift)[None, :])
         else:
@@ -387,18 +394,15 @@ class TowerFeatures(FeatureMap):
         kernel: Array,
         shift: Array,
         layout: Layout,
-        exact: list[Array],
+        exact: list[list[Array]],
         blocks: list[Array],
     ) -> list[Array]:
-        """Multiplies the random readout by the best factors on the references."""
+        """Exact rows, and random ones times the factors, best on the references."""
         x = params["reference"].astype(shift.dtype)
         x = _centred(params, x)
         wide = kernel.astype(shift.dtype)
         product = functools.partial(jnp.matmul, precision=self.precision)
         target = self.row(product(x, wide) + shift[None, :])
-        if layout.exact:
-            columns = jnp.concatenate(_exact_columns(x, self._carried_degree), axis=-1)
-            target = target - product(columns, jnp.concatenate(exact, axis=0))
         columns = self._random_columns(params, x, layout)
         edges = np.cumsum((0, *layout.counts))
         parts = [
@@ -408,10 +412,27 @@ class TowerFeatures(FeatureMap):
             )
             for lo, hi in itertools.pairwise(edges)
         ]
-        # Chosen once, like a hyperparameter: gradients do not go through the choice.
-        factors = jax.lax.stop_gradient(_shrinkage_factors(jnp.stack(parts), target))
-        factors = jnp.repeat(factors, np.array(layout.counts), axis=0)
-        return [jnp.where(factors > 0, factors * block, 0) for block in blocks]
+        monomials = _exact_columns(x, self._carried_degree)
+        best, least = [], None
+        for rows in exact:
+            rest = target
+            if rows:
+                carried = jnp.concatenate(monomials, axis=-1), jnp.concatenate(rows)
+                rest = target - product(*carried)
+            # Chosen once, like a hyperparameter: no gradient through the choice.
+            factors, error = jax.lax.stop_gradient(
+                _shrinkage_factors(jnp.stack(parts), rest)
+            )
+            factors = jnp.repeat(factors, np.array(layout.counts), axis=0)
+            random = [jnp.where(factors > 0, factors * block, 0) for block in blocks]
+            if least is None:
+                best, least = rows + random, error
+                continue
+            better = (error < least)[None, :]
+            pairs = zip(rows + random, best, strict=True)
+            best = [jnp.where(better, new, old) for new, old in pairs]
+            least = jnp.minimum(error, least)
+        return best
 
 
 def log_damping(square: Array, cap: Array | None) -> Array:
@@ -424,8 +445,10 @@ def taylor(z: Array, square: Array, degree: int) -> Array | int:
     return sum((1, z, (z * z - square) / 2)[: degree + 1])
 
 
-def _shrinkage_factors(parts: Array, target: Array) -> Array:
+def _shrinkage_factors(parts: Array, target: Array) -> tuple[Array, Array]:
     """Factors in [0, 1] of each part, ``[groups, n, o]``, best for ``[n, o]``.
+
+    Beside them stands the squared error ``[o]`` that they leave.
 
     Two proposals, each with the best common factor: one factor a group by least
     squares, which drops the noisy frequencies, and no difference between the groups,
@@ -445,7 +468,8 @@ def _shrinkage_factors(parts: Array, target: Array) -> Array:
     single = jnp.clip(solution[..., 0].T / size[:, 0], 0, 1)
     single, single_error = _scaled_down(single, parts, target)
     common, common_error = _scaled_down(jnp.ones_like(single), parts, target)
-    return jnp.where((single_error < common_error)[None, :], single, common)
+    factors = jnp.where((single_error < common_error)[None, :], single, common)
+    return factors, jnp.minimum(single_error, common_error)
 
 
 def _scaled_down(factors: Array, parts: Array, target: Array) -> tuple[Array, Array]:

@@ -127,16 +127,18 @@ class URF(TowerFeatures):
         return None if self.row.atoms or self._sampled else self._fit()
 
     @property
-    def carried(self) -> activations.Activation:
+    def carried(self) -> tuple[activations.Activation, ...]:
         """f, or its series where that is estimated and f has kinks.
 
         Near a kink the Taylor parts of the two differ by far more than the functions,
-        and the random columns hold the rest of the series, not of f.
+        and the random columns hold the rest of the series, not of f. Where shrinkage
+        drops the random columns, f's own part may be the better one.
         """
         series = self.series
-        if series is None or not self.row.kinks:
-            return self.row
-        return activations.Activation(f"series of {self.row.name}", series)
+        if self.exact_degree is None or series is None or not self.row.kinks:
+            return (self.row,)
+        row = activations.Activation(f"series of {self.row.name}", series)
+        return (row, self.row) if self.shrinkage else (row,)
 
     def _fit(self) -> FourierSeries:
         return fourier_series(self.row, self.num_terms, self.half_width)

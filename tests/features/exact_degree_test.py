@@ -132,7 +132,7 @@ def test_mean_of_the_random_part_is_the_rest(name, degree):
     target = np.asarray(features.exact(x, kernel, bias), np.float64)
     if isinstance(features, URF) and features.series is not None:
         z = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
-        row, series = features.carried, features.series
+        (row,), series = features.carried, features.series
         approximation = snnk.activations.Activation("series", series)
         target = approximation.evaluate(z + shift)
         for n in range(degree + 1):

@@ -88,7 +88,7 @@ def test_gains_on_the_affine_map_where_the_noise_is_small():
     assert error < 0.75 * rmse(affine(features, x, kernel, bias), exact)
 
 
-@pytest.mark.parametrize("name", ["cos", "gelu", "exp"])
+@pytest.mark.parametrize("name", ["cos", "gelu", "relu", "exp"])
 @pytest.mark.parametrize("kappa", [pytest.param(0.5, marks=pytest.mark.slow), 4.0])
 def test_not_worse_on_the_references_than_without_or_affine(name, kappa):
     features = make(name, kappa)
