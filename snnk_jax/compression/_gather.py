@@ -123,7 +123,7 @@ class Task:
         """
         data = self.data if data is None else data
         source = self._source if changes is None else self._changed(changes)
-        store = _Store.of(self, data, f"{self.label}-{name}", source.states)
+        store = _Store.of(self, data, f"{self.label}-{name}", source, columns)
         stats, done = store.load()
         for index, batch in enumerate(data):
             if index < done:
@@ -290,15 +290,19 @@ class _Store:
     identity: str
 
     @classmethod
-    def of(cls, task: Task, data: Data, label: str, states: Any) -> "_Store":
+    def of(
+        cls, task: Task, data: Data, label: str, source: _Source, columns: Columns
+    ) -> "_Store":
         if data.folder is None:
             return cls(None, "")
         settings = (label, task.block, task.corrected)
         sha = hashlib.sha256(repr(settings).encode())
         # The batches cannot all be hashed before the pass; the first one stands for
-        # them.
-        scale = None if task.scales is None else task.scales[0]
-        leaves = jax.tree.leaves((states, task.root, scale, data.first()))
+        # them, and what comes out of it for the functions of the settings.
+        batch = data.first()
+        x, h, target, weight = source(batch, 0)
+        made = (columns(x, h), target, weight)
+        leaves = jax.tree.leaves((source.states, task.root, batch, made))
         for index, leaf in enumerate(leaves):
             hash_array(sha, str(index), np.asarray(leaf))
         name = label.replace("/", ".")

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 
@@ -376,6 +377,32 @@ def test_a_killed_run_goes_on_from_its_sums(net, tmp_path, when, monkeypatch):
     # Sums of other settings are not mixed in.
     with pytest.raises(ValueError, match="same model, data and settings"):
         snnk.compress(Net(Residual, seed=4), data, PRE, state_dir=tmp_path, **options)
+
+
+def test_sums_of_other_columns_weights_or_outputs_are_refused(tmp_path):
+    model = Net(Residual, depth=1)
+    relu = Features(features=snnk.features.ArcCosine(num_features=1))
+    cos = Features(features=snnk.features.URF(num_features=1, activation="cos"))
+    options = {"metric": "plain", "probes": 1, "state_dir": tmp_path}
+
+    def run(method=relu, **changes):
+        budget = {"layers/0/ffn": 16}
+        return snnk.compress(
+            model, batches(), PRE, budget=budget, method=method, **options, **changes
+        )[0]
+
+    first = run()
+    states_equal(first, run())
+    for method, changes in (
+        (cos, {}),
+        (dataclasses.replace(relu, linear=True), {}),
+        (relu, {"seed": 1}),
+        (relu, {"weights": lambda x: x[..., 0] > 0}),
+        (relu, {"apply": lambda m, x: m(x[..., ::-1])}),
+    ):
+        with pytest.raises(ValueError, match="same model, data and settings"):
+            run(method, **changes)
+    states_equal(first, run())
 
 
 @pytest.mark.slow
