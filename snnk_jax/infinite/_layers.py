@@ -343,9 +343,9 @@ def check_map(net: Any, kind: Any) -> None:
 def check_network(layer: Layer) -> None:
     """Raises ValueError unless the kernel of a network has the formulas of its layers.
 
-    An activation takes Gaussian units, so a Dense or Conv comes before it. Branches
-    that are added are independent: all but one hold a Dense or Conv of their own after
-    their last activation.
+    An activation takes Gaussian units of one variance, so a Dense or Conv comes before
+    it, and no Flatten between. Branches that are added are independent: all but one
+    hold a Dense or Conv of their own after their last activation.
     """
     flow = _flow(layer, _Flow(gaussian=False))
     if isinstance(flow, list):
@@ -379,9 +379,12 @@ def _flow(layer: Layer, flow: Any) -> Any:
         if not flow.gaussian:
             raise ValueError(
                 f"{layer!r} must come after a Dense or Conv, with no other activation "
-                "between."
+                "and no Flatten between."
             )
         return _Flow(gaussian=False, fresh=(False,) * len(flow.fresh))
+    if isinstance(layer, Flatten):
+        # The units of each position have a variance of their own.
+        return flow._replace(gaussian=False)
     return flow
 
 

@@ -316,6 +316,7 @@ def test_networks_without_these_formulas_are_refused():
             serial(act),
             serial(dense, act, act),
             serial(dense, infinite.Residual(serial(act, dense)), act, act),
+            serial(infinite.Conv((1,)), infinite.Flatten(), act, dense),
         ],
         "branches of .* must be independent": [
             serial(dense, infinite.Residual(act)),
