@@ -74,7 +74,8 @@ class Features:
       precision: of the products, as for ``jax.lax.dot``.
 
     Raises:
-      ValueError: for values out of range, or a method that a layer does not have.
+      ValueError: for values out of range, a network that no kernel has (see
+        :func:`snnk_jax.infinite.kernel`), or a method that a layer does not have.
 
     References:
       Zandieh et al., "Scaling Neural Tangent Kernels via Sketching and Random
@@ -229,8 +230,6 @@ class Features:
         start = Vectors(x * x.shape[-1] ** -0.5, exact=True)
         state = State([start], [] if self.kind == "ntk" else None)
         state = walk(self.net, state, build)
-        if isinstance(state, tuple):
-            raise ValueError("net must not end with open branches.")
         vectors = state.phi if state.psi is None else state.psi
         return _fit(vectors, build)
 

@@ -338,6 +338,7 @@ def check_map(net: Any, kind: Any) -> None:
         raise ValueError(f"net must be a layer of infinite. Got {net!r}.")
     if kind not in GET:
         raise ValueError(f"kind must be 'ntk' or 'nngp'. Got {kind!r}.")
+    check_network(net)
 
 
 def check_network(layer: Layer) -> None:

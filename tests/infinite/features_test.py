@@ -450,6 +450,26 @@ def test_wrong_fields_are_refused(unchecked, net, options, message):
         net.features(**{"num_features": 8, **options})
 
 
+def test_networks_without_a_kernel_have_no_features(unchecked):
+    dense, identity = infinite.Dense(), infinite.Identity()
+    twice = infinite.parallel(identity, identity)
+    for net, message in (
+        (infinite.serial(RELU, dense), "must come after a Dense or Conv"),
+        (
+            infinite.serial(dense, infinite.FanOut(2), twice, infinite.FanInSum()),
+            "branches of .* must be independent",
+        ),
+        (
+            infinite.serial(dense, twice, infinite.FanInSum()),
+            "parallel must follow a FanOut",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net.features(8)
+        with pytest.raises(ValueError, match=message):
+            infinite.LandmarkFeatures(net=net)
+
+
 def test_wrong_inputs_are_refused(unchecked):
     key, features = jax.random.key(0), DENSE.features(8)
     params = features.init(key, (DIM,))
