@@ -35,7 +35,8 @@ def finite(net: _layers.Layer, width: int, num_outputs: int = 1) -> FiniteNetwor
 
     Args:
       net: the layers.
-      width: units, or channels, of every Dense and Conv but the last.
+      width: units, or channels, of every Dense and Conv but the last, and but the last
+        of a branch that is added to one without any.
       num_outputs: those of a Dense that ends the network.
 
     Raises:
@@ -58,33 +59,26 @@ def finite(net: _layers.Layer, width: int, num_outputs: int = 1) -> FiniteNetwor
         )
     _layers.check_network(net)
     layers = net.layers if isinstance(net, _layers.Serial) else (net,)
-    widths = [width] * len(layers)
-    if isinstance(layers[-1], _layers.Dense):
-        widths[-1] = num_outputs
+    whole = _layers.Serial(layers)
+    out = num_outputs if isinstance(layers[-1], _layers.Dense) else width
 
     def init(key: PRNGKeyArray, shape: tuple[int, ...]) -> Params:
-        params, x = [], jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        for part, size, k in zip(
-            layers, widths, jax.random.split(key, len(layers)), strict=True
-        ):
-            drawn = _init(part, k, x, size)
-            params.append(drawn)
-            x = jax.eval_shape(functools.partial(_apply, part), drawn, x)
-        return params
+        x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+        return _init(whole, key, x, width, out)
 
     def apply(params: Params, x: Float[Array, "n *s d"]) -> Array:
-        out: Any = x
-        for part, drawn in zip(layers, params, strict=True):
-            out = _apply(part, drawn, out)
-        return out
+        return _apply(whole, params, x)
 
     return FiniteNetwork(init, apply)
 
 
 @functools.singledispatch
-def _init(layer: _layers.Layer, key: Any, x: Any, width: int) -> Params:
-    """Draws the parameters of a layer for inputs like x."""
-    del layer, key, x, width
+def _init(layer: _layers.Layer, key: Any, x: Any, width: int, out: int) -> Params:
+    """Draws the parameters of a layer for inputs like x.
+
+    Its last Dense or Conv has ``out`` units, the others ``width``.
+    """
+    del layer, key, x, width, out
     return ()
 
 
@@ -108,9 +102,9 @@ def _bias(params: Params, y: Array, b_std: float) -> Array:
 
 
 @_init.register
-def _(layer: _layers.Dense, key: Any, x: Any, width: int) -> Params:
-    del layer
-    return _draw(key, (x.shape[-1], width))
+def _(layer: _layers.Dense, key: Any, x: Any, width: int, out: int) -> Params:
+    del layer, width
+    return _draw(key, (x.shape[-1], out))
 
 
 @_apply.register
@@ -120,8 +114,9 @@ def _(layer: _layers.Dense, params: Params, x: Array) -> Array:
 
 
 @_init.register
-def _(layer: _layers.Conv, key: Any, x: Any, width: int) -> Params:
-    return _draw(key, (*layer.filter_shape, x.shape[-1], width))
+def _(layer: _layers.Conv, key: Any, x: Any, width: int, out: int) -> Params:
+    del width
+    return _draw(key, (*layer.filter_shape, x.shape[-1], out))
 
 
 @_apply.register
@@ -201,8 +196,9 @@ def _(layer: _layers.FanInSum, params: Params, x: tuple) -> Array:
 
 
 @_init.register
-def _(layer: _layers.Residual, key: Any, x: Any, width: int) -> Params:
-    return _init(layer.branch, key, x, x.shape[-1])
+def _(layer: _layers.Residual, key: Any, x: Any, width: int, out: int) -> Params:
+    del out
+    return _init(layer.branch, key, x, width, x.shape[-1])
 
 
 @_apply.register
@@ -211,12 +207,11 @@ def _(layer: _layers.Residual, params: Params, x: Array) -> Array:
 
 
 @_init.register
-def _(layer: _layers.Serial, key: Any, x: Any, width: int) -> Params:
-    params = []
-    for inner, k in zip(
-        layer.layers, jax.random.split(key, len(layer.layers)), strict=True
-    ):
-        drawn = _init(inner, k, x, width)
+def _(layer: _layers.Serial, key: Any, x: Any, width: int, out: int) -> Params:
+    params, keys = [], jax.random.split(key, len(layer.layers))
+    free = [i for i, inner in enumerate(layer.layers) if _widens(inner)]
+    for i, (inner, k) in enumerate(zip(layer.layers, keys, strict=True)):
+        drawn = _init(inner, k, x, width, out if i in free[-1:] else width)
         params.append(drawn)
         x = jax.eval_shape(functools.partial(_apply, inner), drawn, x)
     return params
@@ -230,11 +225,26 @@ def _(layer: _layers.Serial, params: Params, x: Any) -> Any:
 
 
 @_init.register
-def _(layer: _layers.Parallel, key: Any, x: tuple, width: int) -> Params:
+def _(layer: _layers.Parallel, key: Any, x: tuple, width: int, out: int) -> Params:
     keys = jax.random.split(key, len(layer.layers))
-    # An identity keeps the width of what came before, and so must its neighbours.
-    parts = zip(layer.layers, keys, x, strict=True)
-    return [_init(inner, k, part, part.shape[-1]) for inner, k, part in parts]
+    params: list[Params] = [()] * len(keys)
+    # A branch that keeps the width of what came before decides that of its neighbours.
+    for i in sorted(range(len(keys)), key=lambda i: _widens(layer.layers[i])):
+        inner = layer.layers[i]
+        params[i] = _init(inner, keys[i], x[i], width, out)
+        if not _widens(inner):
+            like = jax.eval_shape(functools.partial(_apply, inner), params[i], x[i])
+            out = like.shape[-1]
+    return params
+
+
+def _widens(layer: _layers.Layer) -> bool:
+    """Whether the number of units after a layer is free."""
+    if isinstance(layer, _layers.Serial):
+        return any(_widens(inner) for inner in layer.layers)
+    if isinstance(layer, _layers.Parallel):
+        return all(_widens(inner) for inner in layer.layers)
+    return isinstance(layer, _layers.Dense | _layers.Conv)
 
 
 @_apply.register

@@ -103,6 +103,18 @@ NETWORKS = {
             infinite.Dense(),
         ),
     ),
+    "first branches": (
+        (3,),
+        infinite.serial(
+            infinite.FanOut(2),
+            infinite.parallel(infinite.Dense(), infinite.Dense()),
+            infinite.FanInSum(),
+            infinite.Activation("relu"),
+            infinite.Dense(),
+            infinite.Activation("relu"),
+            infinite.Dense(),
+        ),
+    ),
     "pools": (
         IMAGE,
         infinite.serial(
@@ -155,6 +167,35 @@ def test_wide_networks_have_the_exact_kernels_in_the_mean(name):
         scale = np.sqrt(np.outer(*[np.diag(getattr(exact, part))] * 2))
         allowed = 5 * values.std(0) / np.sqrt(draws) + 4 * scale / width
         assert (error < allowed).all(), (part, (error / scale).max())
+
+
+def test_only_what_is_added_to_units_of_another_width_has_theirs():
+    dense, act = infinite.Dense(), infinite.Activation("relu")
+    bottleneck = infinite.serial(dense, act, dense)
+
+    def sizes(*layers):
+        net = infinite.serial(*layers, act, dense)
+        init, run = infinite.finite(net, width=64, num_outputs=2)
+        params = init(jax.random.key(0), (3,))
+        assert run(params, jnp.ones((5, 3))).shape == (5, 2)
+        kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+        return [kernel.shape for kernel in kernels]
+
+    def added(*branches):
+        sum_ = infinite.FanInSum()
+        return infinite.FanOut(2), infinite.parallel(*branches), sum_
+
+    assert sizes(*added(dense, dense)) == [(3, 64), (3, 64), (64, 2)]
+    wide = [(3, 64), (64, 64)]
+    assert sizes(*added(dense, bottleneck), dense) == [
+        *((3, 64), *wide),
+        *((64, 64), (64, 2)),
+    ]
+    narrow = [(3, 64), (64, 3), (3, 64), (64, 2)]
+    keeps = infinite.Identity()
+    assert sizes(*added(keeps, bottleneck), dense) == narrow
+    assert sizes(*added(bottleneck, keeps), dense) == narrow
+    assert sizes(infinite.Residual(bottleneck), dense) == narrow
 
 
 @pytest.mark.slow
