@@ -183,14 +183,18 @@ def inspect(
 
 
 def _check_sum(reader: Reader, block: Block, batch: Any, seen: Any) -> None:
-    output = seen[block.second][1]
-    width = jnp.arange(output.shape[-1]) % 3 - 1
-    shift = jnp.broadcast_to(width.astype(output.dtype), output.shape)
+    output, which = seen[block.second][1], 0 if block.post_norm else 1
+    before = seen[block.stream][which]
+    # As large as what it is added to, which would round a smaller one away.
+    size = max(float(jnp.max(jnp.abs(x))) for x in (before, output))
+    scale = 2.0 ** np.round(np.log2(max(size, 1.0)))
+    row = jnp.asarray(scale * (np.arange(output.shape[-1]) % 3 - 1), output.dtype)
+    shift = jnp.broadcast_to(row, output.shape)
     _, moved = jax.jit(reader)(reader.state, batch, {block.second: shift})
-    which = 0 if block.post_norm else 1
-    before, after = (values[block.stream][which] for values in (seen, moved))
-    if before.shape != output.shape or not np.allclose(
-        np.asarray(after, np.float64) - np.asarray(before, np.float64), shift, atol=0.05
+    after = moved[block.stream][which]
+    change = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    if change.shape != output.shape or not np.allclose(
+        change, np.asarray(shift, np.float64), atol=0.05 * scale
     ):
         where = "the input of" if block.post_norm else "the output of"
         raise ValueError(

@@ -16,8 +16,10 @@ from snnk_jax.compression import (
     LowRank,
     Magnitude,
     Units,
+    find_blocks,
     num_parameters,
 )
+from snnk_jax.compression._blocks import inspect
 from tests.tiers import slow_but
 
 DIM, WIDTH, TOKENS = 6, 24, 96
@@ -515,6 +517,41 @@ def test_a_post_norm_layer_without_its_norm_is_refused(post):
     rules = [snnk.CompressRule(path="layers/[0-9]+", first="linear1", second="linear2")]
     with pytest.raises(ValueError, match="name the LayerNorm behind a post-norm"):
         snnk.compress(post, batches(), rules, budget=0.5)
+
+
+class Scaled(nnx.Module):
+    """A sum of a scale, and what is made of it."""
+
+    def __init__(self, rngs, scale, after):
+        self.ffn, self.scale, self.after = Mlp(rngs), scale, after
+
+    def __call__(self, x):
+        return self.after(self.scale * x + self.ffn(x))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("bfloat16", 3.0), ("bfloat16", 300.0), ("float32", 1e6)]
+)
+def test_a_sum_is_known_at_any_scale_and_dtype(dtype, scale):
+    rules = [snnk.CompressRule(path="layers/0/ffn", first="up", second="down")]
+    x = batches(1)[0].astype(dtype)
+
+    def inspected(after):
+        model = nnx.Sequential(Scaled(nnx.Rngs(0), scale, after))
+        for layer in (model.layers[0].ffn.up, model.layers[0].ffn.down):
+            layer.dtype = jnp.dtype(dtype)
+        return inspect(model, find_blocks(model, rules), x, lambda m, x: m(x))
+
+    (block,) = inspected(lambda y: y)
+    assert block.whole
+    for other in (
+        lambda y: y / 2,
+        lambda y: y + jnp.abs(y),
+        lambda y: scale * jnp.tanh(y / scale),
+        lambda y: scale * (y / jnp.max(jnp.abs(y))),
+    ):
+        with pytest.raises(ValueError, match="must be a sum with the output"):
+            inspected(other)
 
 
 def test_outputs_that_do_not_depend_on_a_block(net):
