@@ -304,6 +304,8 @@ class _Store:
         made = (columns(x, h), target, weight)
         leaves = jax.tree.leaves((source.states, task.root, batch, made))
         for index, leaf in enumerate(leaves):
+            if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
             hash_array(sha, str(index), np.asarray(leaf))
         name = label.replace("/", ".")
         path = pathlib.Path(data.folder) / f"{name}.safetensors"

@@ -52,7 +52,8 @@ def save(
 
     Args:
       path: the file.
-      model: what :func:`compress` returned, trained further or not.
+      model: what :func:`compress` returned, trained further or not. Its random streams
+        are not kept.
       dense: the model it was made from, of which only the structure counts.
       metadata: strings of your own, returned by :func:`read_metadata`.
 
@@ -89,7 +90,7 @@ def save(
         if isinstance(module, Projection) and _redrawn(module)
     }
     arrays = {}
-    for name, (_, variable) in _flat(model).items():
+    for name, (_, variable) in _stored(model).items():
         if any(name.startswith(f"{draw}/values/") for draw in draws):
             continue
         array = np.asarray(variable[...], order="C")
@@ -112,8 +113,8 @@ def load(path: str | os.PathLike[str], dense: nnx.Module) -> Any:
 
     Args:
       path: a file of :func:`save`.
-      dense: a model of the dense architecture; its values do not count, and it may be
-        abstract (``nnx.eval_shape``). It is left as it is.
+      dense: a model of the dense architecture; of its values only random streams
+        count, and it may be abstract (``nnx.eval_shape``). It is left as it is.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -143,16 +144,19 @@ def load(path: str | os.PathLike[str], dense: nnx.Module) -> Any:
                 module.redraw(jax.random.wrap_key_data(key, impl="threefry2x32"))
                 drawn = {k: np.asarray(v[...]) for k, v in module.values.items()}
                 arrays |= {f"{name}/values/{k}": v for k, v in drawn.items()}
-    flat = _flat(model)
-    if flat.keys() != arrays.keys():
+    flat, stored = _flat(model), _stored(model)
+    if stored.keys() != arrays.keys():
         raise ValueError(
             "the file must hold the arrays of its model. Got missing "
-            f"{sorted(flat.keys() - arrays.keys())}, unexpected "
-            f"{sorted(arrays.keys() - flat.keys())}."
+            f"{sorted(stored.keys() - arrays.keys())}, unexpected "
+            f"{sorted(arrays.keys() - stored.keys())}."
         )
     graphdef, _ = nnx.split(model)
     filled = []
     for name, (parts, variable) in flat.items():
+        if name not in stored:
+            filled.append((parts, variable))
+            continue
         if variable.shape != arrays[name].shape:
             raise ValueError(
                 f"{name} must have shape {variable.shape}. Got {arrays[name].shape}."
@@ -168,6 +172,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def _flat(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
     return {path_name(p): (p, v) for p, v in nnx.to_flat_state(nnx.state(model))}
+
+
+def _stored(model: nnx.Module) -> dict[str, tuple[Any, Any]]:
+    """The variables that a file holds: all but random streams."""
+    flat = _flat(model).items()
+    return {name: e for name, e in flat if not isinstance(e[1], nnx.RngState)}
 
 
 def _read(

@@ -471,6 +471,34 @@ def test_wrong_files_are_refused(net, tmp_path):
         snnk.compression.save(file, small, net)
 
 
+class Dropped(Residual):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(super().__call__(x))
+
+
+def test_a_model_with_random_streams_is_kept_and_resumed(tmp_path):
+    model, other = (Net(Dropped, depth=1, seed=seed) for seed in (0, 1))
+    options = {"budget": 0.4, "metric": "plain", "probes": 1, "state_dir": tmp_path}
+    small, _ = snnk.compress(model, batches(), PRE, **options)
+    resumed, _ = snnk.compress(model, batches(), PRE, **options)
+    x = batches(1, seed=5)[0]
+    np.testing.assert_array_equal(resumed(x), small(x))
+    file = tmp_path / "small.safetensors"
+    snnk.compression.save(file, small, model)
+    again = snnk.compression.load(file, other)
+    np.testing.assert_array_equal(again(x), small(x))
+    small.train()
+    assert not np.array_equal(small(x), again(x))
+    for each in (again, other):
+        each.train()
+    mask = again.layers[0].dropout(x) == 0
+    np.testing.assert_array_equal(mask, other.layers[0].dropout(x) == 0)
+
+
 BAD = {
     r"budget must be in \(0, 1\]": {"budget": 0.0},
     "at least 19 parameters": {"budget": 0.001},
