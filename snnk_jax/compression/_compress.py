@@ -345,11 +345,13 @@ def _measure(
     parameters, flops = method.cost(block, size)
     fitted = {}
     if solution is not None:
-        readout = np.asarray(solution.kernel)[:, : block.out]
-        fitted = {
+        readout = fit.readout
+        if readout is None:
+            readout = np.asarray(solution.kernel)[:, : block.out]
+            fitted["effective_rank"] = float(solution.dof)
+        fitted |= {
             "l2": solution.l2,
             "condition": solution.condition,
-            "effective_rank": float(solution.dof),
             "readout_norm": float(np.linalg.norm(readout)),
         }
     judged = np.sum(spread[task.judged])

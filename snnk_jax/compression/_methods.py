@@ -50,10 +50,12 @@ class Fit:
     Attributes:
       modules: replacements by path.
       solution: of the ridge regression, None where nothing was fitted.
+      readout: the matrix in the block, where it is not that of the solution.
     """
 
     modules: dict[str, Any]
     solution: ridge.RidgeSolution | None = None
+    readout: np.ndarray | None = None
 
 
 class Method(abc.ABC):

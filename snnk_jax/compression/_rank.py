@@ -47,8 +47,9 @@ class Affine(Method):
         kernel, offset = values(solution, site.block.out)
         if size >= self.largest(site.block):
             return Fit({site.block.name: linear(site.first, kernel, offset)}, solution)
-        a, b, offset = plain_targets(site, moments(stats), size)
-        return Fit({site.block.name: low_rank(site.first, a, b, offset)}, solution)
+        a, b, offset = plain_targets(site, moments(stats), size, solution.l2)
+        module = low_rank(site.first, a, b, offset)
+        return Fit({site.block.name: module}, solution, a @ b)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,8 @@ class LowRank(Method):
     Args:
       data_aware: the second factors and both maps are fitted to the inputs (reduced-
         rank regression: of the pre-activations, then of the target from the units that
-        the first map leaves); without it they are the truncated SVD of the weights.
+        the first map leaves), with a small penalty if ``l2`` is None; without it they
+        are the truncated SVD of the weights.
     """
 
     data_aware: bool = True
@@ -88,13 +90,14 @@ class LowRank(Method):
             )
         centred = moments(site.task.gather(inputs, "inputs"))
         cross = symmetric(centred).gram @ kernel
-        a, b = reduced_rank(dataclasses.replace(centred, cross=cross), size)
+        of_units = dataclasses.replace(centred, cross=cross)
+        a, b = reduced_rank(of_units, size, l2=site.l2)
         if bias is not None:
             # The mean pre-activation stays what it was.
             bias = bias + centred.phi_mean @ (kernel - a @ b)
         changes = {block.first: low_rank(up, a, b, bias)}
         stats = site.task.gather(hidden, f"hidden-{size}", changes)
-        c, d, offset = plain_targets(site, moments(stats), size)
+        c, d, offset = plain_targets(site, moments(stats), size, site.l2)
         return Fit(changes | {block.second: low_rank(down, c, d, offset)})
 
 
@@ -105,9 +108,9 @@ def truncated(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain_targets(
-    site: Site, centred: Moments, rank: int
+    site: Site, centred: Moments, rank: int, l2: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Factors of a rank and the bias of the map to the plain targets."""
     out = site.block.out
-    a, b = reduced_rank(centred, rank, slice(0, out))
+    a, b = reduced_rank(centred, rank, slice(0, out), l2)
     return a, b, centred.y_mean[:out] - centred.phi_mean @ a @ b

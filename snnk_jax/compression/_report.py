@@ -40,7 +40,7 @@ class BlockReport:
       linear_r2: the same of an affine map of the input: how linear the block is.
       l2: penalty of the fit; NaN where nothing was fitted, as for the next three.
       condition: condition number of the normal equations.
-      effective_rank: degrees of freedom of the fit.
+      effective_rank: degrees of freedom of the fit; NaN for a map of lower rank too.
       readout_norm: Frobenius norm of the readout.
     """
 

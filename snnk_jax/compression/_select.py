@@ -162,7 +162,10 @@ def _slope(a: tuple[int, float], b: tuple[int, float]) -> float:
 
 
 def reduced_rank(
-    moments: Moments, rank: int, targets: slice = slice(None)
+    moments: Moments,
+    rank: int,
+    targets: slice = slice(None),
+    l2: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     r"""Factors A ``[m, r]``, B ``[r, o]`` of the best linear map of a rank.
 
@@ -170,13 +173,30 @@ def reduced_rank(
     vectors of :math:`L^{-1} C`, cut at the rank (reduced-rank regression; for
     :math:`C = G W` the data-aware SVD of W).
 
+    Args:
+      moments: of the inputs and the targets.
+      rank: of the map.
+      targets: columns of the targets that are mapped to.
+      l2: penalty per unit of weight, added to G; None takes a small one.
+
+    Raises:
+      ValueError: for inputs whose Gram matrix is singular, the penalty added.
+
     References:
       Izenman, "Reduced-rank regression for the multivariate linear model", 1975.
     """
     gram = symmetric(moments).gram
     penalty = _PENALTY * float(np.trace(gram)) / len(gram)
+    if l2 is not None:
+        penalty = l2 * moments.weight
     gram[np.diag_indices(len(gram))] += penalty
-    factor = np.tril(lapack.dpotrf(gram, lower=1)[0])
+    factor, info = lapack.dpotrf(gram, lower=1)
+    if info:
+        raise ValueError(
+            "inputs must be finite, and vary or have a penalty. "
+            "Got a singular Gram matrix."
+        )
+    factor = np.tril(factor)
     half = blas.dtrsm(1.0, factor, moments.cross[:, targets], lower=1)
     left, values, right = np.linalg.svd(half, full_matrices=False)
     left = left[:, :rank] * values[:rank]

@@ -305,6 +305,24 @@ def test_a_second_sweep(net):
     states_equal(run("backward", 2)[0], once)
 
 
+@pytest.mark.parametrize("method", [Affine(), LowRank()])
+def test_maps_of_a_rank_obey_the_penalty_and_report_their_norm(method):
+    model, norms = Net(Residual, depth=1), []
+    for l2 in (1e-6, 100.0):
+        small, report = snnk.compress(
+            model, batches(), PRE, budget={"layers/0/ffn": 2}, method=method, l2=l2
+        )
+        block, found = small.layers[0].ffn, report.blocks[0]
+        pair = block if isinstance(method, Affine) else block.down
+        a, b = (np.asarray(layer.kernel[...]) for layer in pair.layers)
+        norms.append(np.linalg.norm(a @ b))
+        if isinstance(method, Affine):
+            np.testing.assert_allclose(found.readout_norm, norms[-1], rtol=1e-5)
+            assert found.l2 == l2
+        assert np.isnan(found.effective_rank)
+    assert norms[1] < 0.1 * norms[0]
+
+
 def test_magnitude_keeps_so_many_weights():
     _, small, report = compressed("magnitude")
     mlp = small.layers[0].ffn

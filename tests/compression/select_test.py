@@ -94,6 +94,16 @@ def test_reduced_rank_is_the_best_map_of_its_rank(rank):
     np.testing.assert_allclose(phi @ a @ b, best, rtol=1e-2, atol=1e-2 * values[0])
 
 
+def test_the_map_of_full_rank_is_ridge_regression_at_its_penalty():
+    phi, y, moments = make()
+    a, b = reduced_rank(moments, 3, l2=0.5)
+    gram = phi.T @ phi + 0.5 * len(y) * np.eye(8)
+    np.testing.assert_allclose(a @ b, np.linalg.solve(gram, phi.T @ y), rtol=1e-6)
+    nothing = Moments(**{**vars(moments), "gram": np.zeros((8, 8))})
+    with pytest.raises(ValueError, match="inputs must be finite, and vary"):
+        reduced_rank(nothing, 3)
+
+
 def test_allocation_is_optimal_for_convex_curves():
     rng = np.random.default_rng(0)
     curves = {}
