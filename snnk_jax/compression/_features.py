@@ -12,7 +12,7 @@ from snnk_jax.calibration import balance
 from snnk_jax.compression._blocks import Block
 from snnk_jax.compression._methods import Fit, Method, Site, need_whole, solve, values
 from snnk_jax.compression._modules import Beside, linear
-from snnk_jax.features import AppendOne, FeatureMap, TowerFeatures
+from snnk_jax.features import AppendOne, Chain, FeatureMap, TowerFeatures
 from snnk_jax.nn import SNNKMlp
 
 # Rows to which a random feature map is balanced.
@@ -28,7 +28,7 @@ class Features(Method):
     Args:
       features: the map. Its directions are drawn from a key, which a file of
         :func:`~snnk_jax.compression.save` names instead of holding them.
-      fit: solve for the readout; without it the readout is the paper's
+      readout: ``"fit"`` solves for it; ``"psi"`` takes the paper's
         :math:`\Psi(W_1, b_1) W_2`, which the map must be able to give.
       linear: a full linear path beside the features, fitted with them.
       balanced: scale the directions to samples of the block's inputs
@@ -41,6 +41,11 @@ class Features(Method):
     balanced: bool = False
 
     def __post_init__(self):
+        if not _has_size(self.features):
+            raise ValueError(
+                "features must be a map whose num_features can be chosen. "
+                f"Got {self.features!r}."
+            )
         if self.readout not in ("fit", "psi"):
             raise ValueError(f"readout must be 'fit' or 'psi'. Got {self.readout!r}.")
         if self.linear and self.readout == "psi":
@@ -109,6 +114,12 @@ def _feature_columns(
 ) -> Any:
     phi = features.phi(params, x)
     return jnp.concatenate([phi, x.astype(phi.dtype)], axis=1) if with_inputs else phi
+
+
+def _has_size(features: Any) -> bool:
+    if isinstance(features, AppendOne):
+        return _has_size(features.features)
+    return isinstance(features, FeatureMap) and not isinstance(features, Chain)
 
 
 def resized(features: FeatureMap, size: int) -> FeatureMap:

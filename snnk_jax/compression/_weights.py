@@ -28,14 +28,16 @@ class Magnitude(Method):
     def fit(self, site: Site, size: int) -> Fit:
         pair = (site.first, site.second)
         kernels = [np.asarray(layer.kernel[...]) for layer in pair]
-        sizes = np.concatenate([np.abs(kernel).ravel() for kernel in kernels])
-        least = np.sort(sizes)[len(sizes) - size] if size else np.inf
+        flat = np.concatenate([kernel.ravel() for kernel in kernels])
+        # Of equal ones the first are kept.
+        flat[np.argsort(-np.abs(flat), kind="stable")[size:]] = 0
         names = (site.block.first, site.block.second)
         modules = {}
-        for name, layer, kernel in zip(names, pair, kernels, strict=True):
+        for name, layer, kept in zip(
+            names, pair, np.split(flat, [kernels[0].size]), strict=True
+        ):
             bias = None if layer.bias is None else np.asarray(layer.bias[...])
-            kept = np.where(np.abs(kernel) >= least, kernel, 0)
-            modules[name] = linear(layer, kept, bias)
+            modules[name] = linear(layer, kept.reshape(layer.kernel.shape), bias)
         return Fit(modules)
 
 

@@ -323,6 +323,19 @@ def test_maps_of_a_rank_obey_the_penalty_and_report_their_norm(method):
     assert norms[1] < 0.1 * norms[0]
 
 
+def test_magnitude_takes_of_equal_weights_no_more_than_its_size():
+    model = Net(Residual, depth=1)
+    mlp = model.layers[0].ffn
+    for layer in (mlp.up, mlp.down):
+        layer.kernel[...] = jnp.sign(layer.kernel[...])
+    small, _ = snnk.compress(
+        model, batches(1), PRE, budget={"layers/0/ffn": 32}, method=Magnitude()
+    )
+    mlp = small.layers[0].ffn
+    kept = sum(int(jnp.sum(m.kernel[...] != 0)) for m in (mlp.up, mlp.down))
+    assert kept == 32
+
+
 def test_magnitude_keeps_so_many_weights():
     _, small, report = compressed("magnitude")
     mlp = small.layers[0].ffn
@@ -539,6 +552,14 @@ BAD = {
 def test_bad_settings(net, message, unchecked):
     with pytest.raises(ValueError, match=message):
         snnk.compress(net, batches(), PRE, **BAD[message])
+
+
+def test_a_map_that_has_no_size_of_its_own_is_refused():
+    arc = snnk.features.ArcCosine(num_features=8)
+    chain = snnk.features.Chain(maps=(arc, arc))
+    for features in (chain, snnk.features.AppendOne(chain)):
+        with pytest.raises(ValueError, match="features must be a map whose num_feat"):
+            Features(features=features)
 
 
 def test_bad_rules(net, post):
