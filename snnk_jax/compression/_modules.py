@@ -1,5 +1,7 @@
 """What stands in for a feed-forward block or one of its Linears."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,6 +20,7 @@ class Int8Linear(nnx.Module):
       use_bias: whether there is a bias.
       dtype: computation dtype; None takes that of the inputs.
       param_dtype: storage dtype of scales and bias.
+      precision: of the product, as for ``nnx.Linear``.
     """
 
     def __init__(
@@ -28,9 +31,11 @@ class Int8Linear(nnx.Module):
         use_bias: bool = True,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
+        precision: Any = None,
     ):
         self.in_features, self.out_features = in_features, out_features
         self.dtype, self.param_dtype = dtype, param_dtype
+        self.precision = precision
         self.kernel = nnx.Variable(jnp.zeros((in_features, out_features), jnp.int8))
         self.scale = nnx.Variable(jnp.zeros(out_features, param_dtype))
         bias = jnp.zeros(out_features, param_dtype)
@@ -45,6 +50,7 @@ class Int8Linear(nnx.Module):
             use_bias=linear.bias is not None,
             dtype=linear.dtype,
             param_dtype=linear.param_dtype,
+            precision=linear.precision,
         )
         kernel = np.asarray(linear.kernel[...], np.float32)
         scale = np.maximum(np.abs(kernel).max(axis=0), np.finfo(np.float32).tiny) / 127
@@ -57,7 +63,8 @@ class Int8Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
         if self.dtype is not None:
             x = x.astype(self.dtype)
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        y = jnp.matmul(x, kernel, precision=self.precision)
         y = y * _like(self.scale[...], y)
         return y if self.bias is None else y + _like(self.bias[...], y)
 
@@ -83,12 +90,13 @@ def _like(vector: Array, y: Array) -> Array:
 
 
 def linear(like: nnx.Linear, kernel: np.ndarray, bias: np.ndarray | None) -> nnx.Linear:
-    """A Linear with these values and the dtypes of another."""
+    """A Linear with these values and the dtypes and precision of another."""
     new = nnx.Linear(
         *kernel.shape,
         use_bias=bias is not None,
         dtype=like.dtype,
         param_dtype=like.param_dtype,
+        precision=like.precision,
         kernel_init=nnx.initializers.zeros_init(),
         rngs=nnx.Rngs(0),
     )

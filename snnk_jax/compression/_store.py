@@ -220,12 +220,22 @@ def _dtypes(module: Any) -> dict[str, str | None]:
     return {"dtype": dtype, "param_dtype": jnp.dtype(module.param_dtype).name}
 
 
+def _precision(precision: Any) -> Any:
+    """As names, of which JAX takes a tuple or one."""
+    if isinstance(precision, tuple | list):
+        return [_precision(part) for part in precision]
+    if precision is None or isinstance(precision, str):
+        return precision
+    return precision.name.lower()
+
+
 def _describe(module: Any) -> dict[str, Any] | None:
     if isinstance(module, nnx.Linear | Int8Linear):
         return {
             "kind": type(module).__name__,
             "sizes": [module.in_features, module.out_features],
             "use_bias": module.bias is not None,
+            "precision": _precision(module.precision),
             **_dtypes(module),
         }
     if isinstance(module, SNNKMlp):
@@ -262,6 +272,8 @@ def _build(spec: dict[str, Any]) -> nnx.Module:
         raise ValueError(f"kinds must be among {list(kinds)}. Got {spec['kind']!r}.")
     parts = [_build(part) for part in spec.get("parts", ())]
     options = {k: v for k, v in spec.items() if k not in ("kind", "sizes", "parts")}
+    if isinstance(options.get("precision"), list):
+        options["precision"] = tuple(options["precision"])
     return kinds[spec["kind"]](*spec.get("sizes", ()), *parts, **options)
 
 

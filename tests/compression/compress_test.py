@@ -344,6 +344,30 @@ def test_magnitude_keeps_so_many_weights():
     assert kept + WIDTH + DIM == report.blocks[0].parameters
 
 
+@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGHEST])
+@pytest.mark.parametrize("method", [Magnitude(), Int8()])
+def test_precision_is_kept_in_models_and_files(method, precision, tmp_path):
+    dense = Net(Residual, depth=1)
+    for layer in (dense.layers[0].ffn.up, dense.layers[0].ffn.down):
+        layer.precision = precision
+    size = method.largest(find_blocks(dense, PRE)[0])
+    small, _ = snnk.compress(
+        dense, batches(1), PRE, budget={"layers/0/ffn": size}, method=method
+    )
+    file = tmp_path / "small.safetensors"
+    snnk.compression.save(file, small, dense)
+    for model in (small, snnk.compression.load(file, dense)):
+        for layer in (model.layers[0].ffn.up, model.layers[0].ffn.down):
+            assert jax.lax.Precision(layer.precision) == jax.lax.Precision.HIGHEST
+
+
+def test_inputs_that_are_all_the_same_have_no_map_of_low_rank():
+    model = Net(Residual, depth=1)
+    zeros = [jnp.zeros_like(batches(1)[0])]
+    with pytest.raises(ValueError, match="inputs must be finite, and vary"):
+        snnk.compress(model, zeros, PRE, budget=0.5, method=LowRank(), metric="plain")
+
+
 def test_padding_does_not_count(net):
     weights = lambda batch: batch["mask"]  # noqa: E731
     mask = jnp.arange(TOKENS // 12) < 5
