@@ -50,7 +50,7 @@ def empirical(
       The matrix for a single name, otherwise :class:`Kernels`.
 
     Raises:
-      ValueError: for outputs that are not [n, o], parameters that are not
+      ValueError: for no inputs, outputs that are not [n, o], parameters that are not
         floating-point, an unknown kernel or a batch size below 1.
 
     Example:
@@ -80,6 +80,9 @@ def empirical(
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(f"params must be floating-point. Got {leaf!r}.")
     other = x1 if x2 is None else x2
+    for name, x in (("x1", x1), ("x2", other)):
+        if not len(x):
+            raise ValueError(f"{name} must hold inputs. Got shape {x.shape}.")
     shape = jax.eval_shape(apply, params, x1).shape
     if len(shape) != 2 or shape[0] != len(x1):
         raise ValueError(f"outputs must be [n, o]. Got {shape} for {len(x1)} inputs.")

@@ -121,9 +121,15 @@ class Features:
                 raise ValueError(
                     f"{name} must be at least {least}. Got {getattr(self, name)}."
                 )
+        serial = isinstance(self.net, _layers.Serial)
+        last = self.net.layers[-1] if serial else self.net
         if self.method == "gradient" and self.kind != "ntk":
             raise ValueError(
                 f"kind must be 'ntk' for gradient features. Got {self.kind!r}."
+            )
+        if self.method == "gradient" and not isinstance(last, _layers.Dense):
+            raise ValueError(
+                f"net must end in a Dense for gradient features. Got {last!r}."
             )
         if self.precision not in (None, "default", "high", "highest"):
             raise ValueError(
@@ -211,7 +217,12 @@ class Features:
         return jax.tree.map(cast, drawn)
 
     def phi(self, params: Params, x: Float[Array, "n *s d"]) -> Float[Array, "n m"]:
-        """Maps examples to features, each example for itself."""
+        """Maps examples to features, each example for itself.
+
+        Raises:
+          ValueError: for inputs that are empty, not floating point, or not of the shape
+            that the parameters were drawn for.
+        """
         if x.ndim < 2 or not len(x):
             raise ValueError(
                 "inputs must be [n, *positions, channels] with n at least 1. "
@@ -219,6 +230,12 @@ class Features:
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"inputs must be real floating point. Got {x.dtype}.")
+        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+        if shapes != _drawn_shapes(self, x.shape[1:]):
+            raise ValueError(
+                "inputs must be of the shape that params were drawn for. "
+                f"Got {x.shape[1:]}."
+            )
         return _phi(self, params, x)
 
     def _features(self, draw: Any, x: Array) -> Array:
@@ -232,6 +249,14 @@ class Features:
         state = walk(self.net, state, build)
         vectors = state.phi if state.psi is None else state.psi
         return _fit(vectors, build)
+
+
+@functools.lru_cache(maxsize=256)
+def _drawn_shapes(
+    features: Features, input_shape: tuple[int, ...]
+) -> list[tuple[int, ...]]:
+    drawn = jax.eval_shape(lambda: features.init(jax.random.key(0), input_shape))
+    return [leaf.shape for leaf in jax.tree.leaves(drawn)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

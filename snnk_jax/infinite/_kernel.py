@@ -138,6 +138,8 @@ def blocks(
         raise ValueError(f"batch_size must be at least 1. Got {batch_size}.")
     if get not in _layers.GET:
         raise ValueError(f"get must be nngp or ntk. Got {get!r}.")
+    _check_shape("x1", x1)
+    _check_shape("x2", x1 if x2 is None else x2)
     return _blocks(net, x1, x2, get, batch_size)
 
 
@@ -162,22 +164,27 @@ def check_floating(name: str, x: Array) -> None:
         raise ValueError(f"{name} must be floating-point. Got {x.dtype}.")
 
 
+def _check_shape(name: str, x: Any) -> None:
+    shape = np.shape(x)
+    if len(shape) < 2 or 0 in shape:
+        raise ValueError(
+            f"{name} must be [n, *positions, channels], not empty. Got {shape}."
+        )
+
+
 def _check_inputs(
     net: _layers.Layer, x1: Array, x2: Array | None
 ) -> tuple[Array, Array | None]:
     _layers.check_network(net)
     for name, x in (("x1", x1), ("x2", x1 if x2 is None else x2)):
         check_floating(name, x)
-        if x.ndim < 2 or 0 in x.shape:
-            raise ValueError(
-                f"{name} must be [n, *positions, channels], not empty. Got {x.shape}."
-            )
+        _check_shape(name, x)
     if x2 is not None and (x1.shape[1:] != x2.shape[1:] or x1.dtype != x2.dtype):
         raise ValueError(
             "x2 must have the shape and dtype of x1, but for the number of inputs. "
             f"Got {x2.dtype}{list(x2.shape)} and {x1.dtype}{list(x1.shape)}."
         )
-    dtype = accumulation_dtype(x1.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(accumulation_dtype(x1.dtype))
     x1 = jnp.asarray(x1, dtype)
     return x1, None if x2 is None else jnp.asarray(x2, dtype)
 

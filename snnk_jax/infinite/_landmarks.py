@@ -16,8 +16,16 @@ def whitening(inner: np.ndarray, dtype: Any) -> np.ndarray:
     r"""Returns W with :math:`W W^\top = (K + \epsilon I)^{-1}`, float64.
 
     The shift is what a kernel that was computed in ``dtype`` leaves uncertain.
+
+    Raises:
+      ValueError: for a kernel that is not finite or all zero.
     """
     inner = np.asarray(inner, np.float64)
+    if not np.isfinite(inner).all() or not np.trace(inner) > 0:
+        raise ValueError(
+            "landmarks must be finite and not all without a kernel. "
+            f"Got a kernel of trace {np.trace(inner)}."
+        )
     size = len(inner)
     shift = float(np.finfo(dtype).eps) * np.trace(inner)
     shifted = (inner + inner.T) / 2 + shift * np.eye(size)
@@ -91,11 +99,6 @@ class LandmarkFeatures:
         """
         landmarks = jnp.asarray(landmarks)
         inner = np.asarray(self._kernel(landmarks, None))
-        if not np.isfinite(inner).all() or not np.trace(inner) > 0:
-            raise ValueError(
-                "landmarks must be finite and not all without a kernel. "
-                f"Got a kernel of trace {np.trace(inner)}."
-            )
         root = jnp.asarray(whitening(inner, inner.dtype), inner.dtype)
         return {"landmarks": landmarks, "whitening": root}
 

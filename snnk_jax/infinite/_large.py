@@ -60,7 +60,7 @@ def save_kernel(
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
     try:
-        out = None
+        out: Any = None
         for rows, columns, values in parts:
             if out is None:
                 out = np.lib.format.open_memmap(
@@ -69,7 +69,6 @@ def save_kernel(
             out[rows, columns] = values
             if rows != columns:
                 out[columns, rows] = values.T
-        assert out is not None
         out.flush()
         del out
         os.chmod(temporary, 0o644)
@@ -156,8 +155,8 @@ def nystrom(
       batch_size: rows and columns of a block.
 
     Raises:
-      ValueError: for a rank outside of [1, n], and as for
-        :func:`snnk_jax.infinite.kernel`.
+      ValueError: for a rank outside of [1, n], a kernel that is not finite or zero at
+        all landmarks, and as for :func:`snnk_jax.infinite.kernel`.
     """
     if not 1 <= rank <= len(x):
         raise ValueError(f"rank must be in [1, {len(x)}]. Got {rank}.")
@@ -167,6 +166,8 @@ def nystrom(
     parts = blocks(net, x, landmarks, get, batch_size=batch_size)
     for left, right, values in parts:
         across[left, right] = values
+    if not np.isfinite(across).all():
+        raise ValueError("x must have a finite kernel. Got one that is not.")
     return Nystrom(across @ whitening(across[rows], values.dtype), rows)
 
 
@@ -185,7 +186,7 @@ def kernel_cg(
 
     The preconditioner is :math:`(\Phi \Phi^\top + n\, l2\, I)^{-1}` of features of the
     kernel: those of :func:`nystrom`, or a feature map of the network. Each step costs
-    one product with the kernel.
+    one product with the kernel, and the residual at the end another.
 
     Args:
       product: ``product(v)`` for v [n, o]: :func:`stored_product`,
@@ -242,6 +243,8 @@ def kernel_cg(
         new = np.sum(r * z, axis=0)
         p = z + np.where(rz > 0, new / np.where(rz > 0, rz, 1), 0) * p
         rz, steps = new, steps + 1
+    # The recursion drifts from the residual, which it would have reported as small.
+    r = target - product(v) - penalty * v
     error = float(np.max(np.linalg.norm(r, axis=0) / size))
     report = CGReport(steps, error, error <= tolerance)
     if not report.converged:

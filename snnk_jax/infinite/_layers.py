@@ -8,6 +8,7 @@ function a layer.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -413,17 +414,18 @@ def _check_scales(layer: Any) -> None:
 
 
 def _check_window(layer: Any, name: str, default_stride: int | None) -> None:
-    shape = tuple(int(extent) for extent in getattr(layer, name))
-    strides = layer.strides
+    shape, strides = _integers(getattr(layer, name)), layer.strides
+    if not shape or min(shape) < 1:
+        raise ValueError(
+            f"{name} must be positive integers. Got {getattr(layer, name)}."
+        )
     if strides is None:
         strides = shape if default_stride is None else (default_stride,) * len(shape)
-    strides = tuple(int(step) for step in strides)
-    if not shape or min(shape) < 1:
-        raise ValueError(f"{name} must be positive integers. Got {shape}.")
+    given, strides = strides, _integers(strides)
     if len(strides) != len(shape) or min(strides) < 1:
         raise ValueError(
             f"strides must be positive integers, one for each of {name} {shape}. "
-            f"Got {strides}."
+            f"Got {given}."
         )
     if layer.padding not in PADDINGS:
         raise ValueError(
@@ -431,6 +433,14 @@ def _check_window(layer: Any, name: str, default_stride: int | None) -> None:
         )
     object.__setattr__(layer, name, shape)
     object.__setattr__(layer, "strides", strides)
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    """The values as integers; none of them if one is no integer."""
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        return ()
 
 
 def _check_layers(name: str, layers: Any) -> None:

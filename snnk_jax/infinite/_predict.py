@@ -50,7 +50,7 @@ class Posterior(NamedTuple):
 def kernel_ridge(
     train: Any,
     y: Any,
-    l2: float | Sequence[float] | np.ndarray | None = None,
+    l2: float | np.number | Sequence[float] | np.ndarray | None = None,
     *,
     intercept: bool = True,
 ) -> KernelRidge:
@@ -65,13 +65,13 @@ def kernel_ridge(
     Args:
       train: kernel of the training inputs, [n, n].
       y: targets, [n, o].
-      l2: penalty per example; several, or None for a grid, of which generalised
-        cross-validation takes the best.
+      l2: penalty per example, zero or more; several above zero, or None for a grid, of
+        which generalised cross-validation takes the best.
       intercept: fit b, without penalty.
 
     Raises:
       ValueError: for shapes that do not fit, values that are not finite, or a penalty
-        that is not positive.
+        out of range.
 
     Example:
       >>> import numpy as np
@@ -94,10 +94,10 @@ def kernel_ridge(
         dtype = jnp.float64
         stats = ridge.init(phi.shape[1], targets.shape[1], dtype=dtype)
         stats = ridge.update(stats, jnp.asarray(phi), jnp.asarray(targets))
-        if isinstance(l2, int | float):
-            solution = ridge.solve(stats, l2, intercept=intercept)
-        else:
+        if l2 is None or np.ndim(l2):
             solution = ridge.select_l2(stats, l2, intercept=intercept).solution
+        else:
+            solution = ridge.solve(stats, float(l2), intercept=intercept)
     dual = (vectors[:, keep] / roots) @ np.asarray(solution.kernel, np.float64)
     return KernelRidge(dual, np.asarray(solution.bias, np.float64), solution.l2)
 

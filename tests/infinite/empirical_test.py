@@ -225,6 +225,9 @@ def test_wrong_arguments_are_refused():
         infinite.empirical(apply, params, X, batch_size=0)
     with pytest.raises(ValueError, match="params must be floating-point. Got 3"):
         infinite.empirical(apply, {**params, "more": 3}, X)
+    for name, inputs in (("x1", (X[:0],)), ("x2", (X, X[:0]))):
+        with pytest.raises(ValueError, match=f"{name} must hold inputs. Got shape"):
+            infinite.empirical(apply, params, *inputs)
     with pytest.raises(ValueError, match=r"outputs must be \[n, o\]. Got \(3,\)"):
         infinite.empirical(lambda p, x: apply(p, x)[:, 0], params, X)
     net = NETWORKS["dense"][1]

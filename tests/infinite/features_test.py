@@ -434,6 +434,11 @@ DENSE = mlp(RELU)
         (DENSE, {"projection": "spherical"}, "projection must be 'orthogonal'"),
         (DENSE, {"method": "gradient", "kind": "nngp"}, "kind must be 'ntk' for"),
         (
+            infinite.serial(infinite.Dense(), RELU),
+            {"method": "gradient"},
+            "net must end in a Dense",
+        ),
+        (
             mlp(infinite.Activation("sign", jumps=True)),
             {},
             "jumps must be False",
@@ -477,6 +482,8 @@ def test_wrong_inputs_are_refused(unchecked):
         features.phi(params, jnp.ones(DIM))
     with pytest.raises(ValueError, match="inputs must be real floating"):
         features.phi(params, jnp.ones((2, DIM), jnp.int32))
+    with pytest.raises(ValueError, match="shape that params were drawn for. Got .4"):
+        features.phi(params, jnp.ones((2, DIM - 1)))
     with pytest.raises(ValueError, match="input_shape must be positive"):
         features.init(key, ())
     open_end = infinite.serial(conv(), RELU, infinite.Dense(1.0))

@@ -288,6 +288,15 @@ def test_bfloat16_inputs_are_computed_in_single_precision():
     np.testing.assert_array_equal(value, expected)
 
 
+def test_numpy_inputs_in_double_precision_are_computed_in_that_of_jax(
+    unchecked, recwarn
+):
+    x = RNG.standard_normal((3, 4))
+    value = relu_network().kernel(x, x[:2], get="ntk")
+    assert value.dtype == jnp.float32
+    assert not [str(w.message) for w in recwarn if "float64" in str(w.message)]
+
+
 def test_variances_are_the_diagonal():
     x = jnp.asarray(IMAGES, jnp.float32)
     net = infinite.serial(
@@ -350,6 +359,11 @@ def test_wrong_layers_are_refused():
             infinite.Conv((3,), b_std=bad)
     with pytest.raises(ValueError, match="filter_shape must be positive integers"):
         infinite.Conv((0, 3))
+    for bad in ((2.7,), 3, "3"):
+        with pytest.raises(ValueError, match="must be positive integers. Got"):
+            infinite.Conv(bad)
+    with pytest.raises(ValueError, match="strides must be positive .* Got .1.5,"):
+        infinite.AvgPool((2,), (1.5,))
     with pytest.raises(ValueError, match="window_shape must be positive integers"):
         infinite.AvgPool(())
     with pytest.raises(ValueError, match="strides must be positive integers, one for"):

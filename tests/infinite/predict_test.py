@@ -173,6 +173,37 @@ def test_conjugate_gradients_solve_what_is_never_stored():
         infinite.kernel_cg(infinite.stored_product(k), y, l2, max_steps=2)
 
 
+def test_conjugate_gradients_report_the_residual_of_their_solution():
+    """That of the recursion falls below the tolerance, the true one does not."""
+    rng = np.random.default_rng(0)
+    vectors, _ = np.linalg.qr(rng.standard_normal((60, 60)))
+    k = (vectors * np.logspace(4, -4, 60)) @ vectors.T
+    y, l2 = rng.standard_normal((60, 1)), 1e-6 / 60
+    with pytest.warns(snnk.ridge.PrecisionWarning, match="relative residual"):
+        model, report = infinite.kernel_cg(
+            infinite.stored_product(k), y, l2, tolerance=1e-10, max_steps=5000
+        )
+    assert report.steps < 5000
+    target = y - y.mean(axis=0)
+    left = target - k @ model.dual - 60 * l2 * model.dual
+    true = np.linalg.norm(left) / np.linalg.norm(target)
+    np.testing.assert_allclose(report.error, true, rtol=1e-3)
+    assert not report.converged
+
+
+@pytest.mark.parametrize("l2", [0, 1e-3])
+def test_a_penalty_may_be_any_number(l2):
+    solutions = [
+        infinite.kernel_ridge(X @ X.T, Y, kind(l2))
+        for kind in (float, np.float64, np.asarray)
+    ]
+    for other in solutions[1:]:
+        np.testing.assert_array_equal(other.dual, solutions[0].dual)
+        assert other.l2 == l2
+    single = infinite.kernel_ridge(X @ X.T, Y, np.float32(l2))
+    np.testing.assert_allclose(single.l2, l2, rtol=1e-6)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_arguments_are_refused(kernels):
     train, cross, test = kernels
@@ -185,6 +216,8 @@ def test_wrong_arguments_are_refused(kernels):
         infinite.kernel_ridge(train.ntk, np.full_like(Y, np.nan))
     with pytest.raises(ValueError, match="train must be positive definite somewhere"):
         infinite.kernel_ridge(0 * train.ntk, Y)
+    with pytest.raises(ValueError, match="l2 must be at least 0 and finite. Got -1"):
+        infinite.kernel_ridge(train.ntk, Y, np.float32(-1))
     with pytest.raises(ValueError, match="noise must be finite and at least 0. Got -1"):
         infinite.gp_posterior(train.nngp, Y, cross.nngp, test.nngp, -1)
     with pytest.raises(ValueError, match="Got a singular matrix: raise the noise"):
@@ -218,6 +251,14 @@ def test_wrong_arguments_are_refused(kernels):
         infinite.stored_product(train.ntk, batch_size=0)
     with pytest.raises(ValueError, match=r"rank must be in \[1, 30\]. Got 31"):
         infinite.nystrom(NET, X, 31, RNG)
+    with pytest.raises(ValueError, match="not all without a kernel"):
+        infinite.nystrom(infinite.Dense(), 0 * X, 3, RNG)
+    with pytest.raises(ValueError, match="x must have a finite kernel"):
+        infinite.nystrom(NET, np.nan * X, 3, RNG)
+    with pytest.raises(ValueError, match=r"x1 must be .*, not empty. Got \(0, 4"):
+        infinite.save_kernel("unused.npy", NET, X[:0])
+    with pytest.raises(ValueError, match=r"x2 must be .*, not empty. Got \(0, 4"):
+        infinite.blocks(NET, X, X[:0])
     with pytest.raises(ValueError, match="get must be nngp or ntk. Got 'both'"):
         infinite.blocks(NET, X, get="both")
     with pytest.raises(ValueError, match="batch_size must be at least 1. Got 0"):
