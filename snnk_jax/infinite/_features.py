@@ -121,8 +121,8 @@ class Features:
                 raise ValueError(
                     f"{name} must be at least {least}. Got {getattr(self, name)}."
                 )
-        serial = isinstance(self.net, _layers.Serial)
-        last = self.net.layers[-1] if serial else self.net
+        net = self.net
+        last = net.layers[-1] if isinstance(net, _layers.Serial) else net
         if self.method == "gradient" and self.kind != "ntk":
             raise ValueError(
                 f"kind must be 'ntk' for gradient features. Got {self.kind!r}."

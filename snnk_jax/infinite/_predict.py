@@ -94,10 +94,12 @@ def kernel_ridge(
         dtype = jnp.float64
         stats = ridge.init(phi.shape[1], targets.shape[1], dtype=dtype)
         stats = ridge.update(stats, jnp.asarray(phi), jnp.asarray(targets))
+        penalty: Any = l2
         if l2 is None or np.ndim(l2):
-            solution = ridge.select_l2(stats, l2, intercept=intercept).solution
+            path = ridge.select_l2(stats, penalty, intercept=intercept)
+            solution = path.solution
         else:
-            solution = ridge.solve(stats, float(l2), intercept=intercept)
+            solution = ridge.solve(stats, float(penalty), intercept=intercept)
     dual = (vectors[:, keep] / roots) @ np.asarray(solution.kernel, np.float64)
     return KernelRidge(dual, np.asarray(solution.bias, np.float64), solution.l2)
 
