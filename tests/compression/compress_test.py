@@ -586,6 +586,23 @@ def test_a_map_that_has_no_size_of_its_own_is_refused():
             Features(features=features)
 
 
+def test_blocks_are_found_by_rules_in_model_order(net, post):
+    first = [dataclasses.replace(PRE[0], path="layers/1/ffn"), *PRE]
+    blocks = find_blocks(net, [dataclasses.replace(r, where=slice(1)) for r in first])
+    assert [block.name for block in blocks] == names()
+    block = blocks[0]
+    assert (block.first, block.second) == ("layers/0/ffn/up", "layers/0/ffn/down")
+    assert (block.stream, block.post_norm) == ("layers/0", False)
+    assert (block.dim, block.width, block.out) == (DIM, WIDTH, DIM)
+    assert block.biases == (True, True)
+    held = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(net.layers[0].ffn)))
+    assert block.parameters == held
+    assert block.flops == 4 * WIDTH * DIM
+    (last,) = find_blocks(post, [dataclasses.replace(POST[0], where=slice(1, None))])
+    assert (last.name, last.stream) == ("layers/1", "layers/1/norm")
+    assert last.post_norm
+
+
 def test_bad_rules(net, post):
     rule = functools.partial(snnk.CompressRule, first="up", second="down")
     for rules, message in (
