@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snnk_jax import activations, projections
+from snnk_jax import projections
 from snnk_jax.infinite import _hermite, _layers
-from snnk_jax.infinite._duals import safe_sqrt
 from snnk_jax.infinite._linear import Vectors, explicit, project, square_norm
+from snnk_jax.infinite._root import safe_sqrt
 from snnk_jax.infinite.sketches import PolySketch
 from snnk_jax.typing import Array, PRNGKeyArray
 
@@ -275,7 +275,7 @@ def _sketched(source: _Source, m: int) -> tuple[Array, Array]:
         b = b * _ratio(jnp.ones_like(c), c)[..., None]
         b = jnp.concatenate([b, jnp.zeros_like(b[..., :1])], axis=-1)
     else:
-        b = _hermite.coefficients(derivative_of(function), degree + 1, c)
+        b = _hermite.coefficients(_hermite.derivative_of(function), degree + 1, c)
     return r, _combine(signed, b, first)
 
 
@@ -291,32 +291,11 @@ def _combine(signed: list[Array], a: Array, low: int) -> Array:
     return total
 
 
-def derivative_of(activation: activations.Activation) -> activations.Activation:
-    """The row of the derivative; jumps have none."""
-    degree = activation.degree
-    return activations.Activation(
-        f"derivative of {activation.name}",
-        _Derivative(activation),
-        degree=degree - 1 if degree else None,
-        kinks=activation.kinks,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Derivative:
-    """The derivative of an activation, hashable by value."""
-
-    activation: activations.Activation
-
-    def __call__(self, z: Array) -> Array:
-        return self.activation.grad(z)
-
-
 def _mean_slope(function: Any, c: Array) -> Array:
     """``E f'(c g)``."""
     if isinstance(function, _layers.NormalizedExponential):
         return _ratio(_hermite.coefficients(function, 2, c)[..., 1], c)
-    return _hermite.coefficients(derivative_of(function), 1, c)[..., 0]
+    return _hermite.coefficients(_hermite.derivative_of(function), 1, c)[..., 0]
 
 
 def _differentiable(layer: _layers.Activation) -> bool:

@@ -21,6 +21,7 @@ from snnk_jax import activations
 from snnk_jax.infinite import _arccos, _elu, _hermite, _mixture
 from snnk_jax.infinite._arctan import angle
 from snnk_jax.infinite._layers import NormalizedExponential
+from snnk_jax.infinite._root import safe_sqrt
 from snnk_jax.typing import Array
 
 Function = activations.Activation | NormalizedExponential
@@ -115,11 +116,6 @@ def _gap(activation: Function, pair: Pair, k: Array, kdot: Array) -> Array:
 def graft(value: Array, formula: Array) -> Array:
     """The value of one expression with the derivatives of the other."""
     return jax.lax.stop_gradient(value) + (formula - jax.lax.stop_gradient(formula))
-
-
-def safe_sqrt(x: Array) -> Array:
-    """The root, with derivative 0 at 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def determinant(pair: Pair) -> Array:

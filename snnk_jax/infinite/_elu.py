@@ -27,6 +27,7 @@ import numpy as np
 import scipy.special
 
 from snnk_jax.infinite import _arccos
+from snnk_jax.infinite._root import safe_sqrt
 from snnk_jax.typing import Array
 
 _MEAN = math.sqrt(math.pi / 2)  # of R
@@ -54,7 +55,7 @@ def dual(pair: Any, scale: float, alpha: float) -> tuple[Array, Array]:
     """
     p, q, r, gap = pair
     gap = jax.lax.stop_gradient(gap)
-    s, t = _root(p), _root(r)
+    s, t = safe_sqrt(p), safe_sqrt(r)
     sectors = jax.lax.stop_gradient(_sectors(p, q, r, gap))
     k_sum, kdot_sum, curvature = _integrals(s, t, sectors, alpha)
     plain, step, _ = jax.lax.stop_gradient(_arccos.dual(1, 0.0, 1.0, pair, False))
@@ -167,7 +168,7 @@ def _kink(p: Array, r: Array, gap: Array, alpha: float) -> Array:
         return jnp.where(inside, 1 / root, 0)
 
     jump, first, second = 1 - alpha, density(p), density(r)
-    one = first * _erfcx(_root(r * gap)) + second * _erfcx(_root(p * gap))
+    one = first * _erfcx(safe_sqrt(r * gap)) + second * _erfcx(safe_sqrt(p * gap))
     # Singular at gap 0, and left out there as the arc-cosine kernels do.
     both = first * density(r * gap)
     return alpha * jump / 2 * one + jump**2 * both
@@ -175,9 +176,7 @@ def _kink(p: Array, r: Array, gap: Array, alpha: float) -> Array:
 
 def _both_bend(a: Array, b: Array) -> tuple[Array, Array]:
     """``E[(1 - e^(-a R)) (1 - e^(-b R))]`` and ``E[e^(-(a + b) R)]``, a and b >= 0."""
-    near, little = (
-        _THRESHOLDS_FLOAT64 if a.dtype == jnp.float64 else _THRESHOLDS_FLOAT32
-    )
+    near, little = _thresholds(a)
     erfcx_a, erfcx_b, total = _erfcx(a), _erfcx(b), a + b
     left = 1 - _loss(total, _erfcx(total))
     # The closed form cancels where one of them is small, hence the series.
@@ -275,8 +274,3 @@ def _rule(num: int, width: float) -> np.ndarray:
         for mirrored in (0.0, 1.0)
     ]
     return np.concatenate(rows)
-
-
-def _root(x: Array) -> Array:
-    """The root, with derivative 0 at 0."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)

@@ -19,6 +19,7 @@ import numpy as np
 
 from snnk_jax import activations
 from snnk_jax.infinite._layers import NormalizedExponential
+from snnk_jax.infinite._root import safe_sqrt
 from snnk_jax.typing import Array, Float
 
 # Panels of the quadrature: dyadic towards 0, where a function is narrow if c is large.
@@ -121,22 +122,30 @@ def dual(activation: activations.Activation, pair: Any) -> tuple[Array, Array]:
     so that both ends are exact.
     """
     p, q, r, _ = pair
-    size_p, size_r = _safe_sqrt(p), _safe_sqrt(r)
+    size_p, size_r = safe_sqrt(p), safe_sqrt(r)
     scale = size_p * size_r
     rho = jnp.where(scale > 0, q / jnp.where(scale > 0, scale, 1), 0)
-    slope = dataclasses.replace(
-        activation, fn=_Slope(activation), derivative=None, degree=None
-    )
     rho = jnp.clip(rho, -1, 1)
     k, kdot = (
         _series(_expand(f, size_p), _expand(f, size_r), rho)
-        for f in (activation, slope)
+        for f in (activation, derivative_of(activation))
     )
     return k, kdot
 
 
+def derivative_of(activation: activations.Activation) -> activations.Activation:
+    """The row of the derivative; jumps have none."""
+    degree = activation.degree
+    return activations.Activation(
+        f"derivative of {activation.name}",
+        _Derivative(activation),
+        degree=degree - 1 if degree else None,
+        kinks=activation.kinks,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
-class _Slope:
+class _Derivative:
     """The derivative of an activation, hashable by value."""
 
     activation: activations.Activation
@@ -152,7 +161,7 @@ def _expand(activation: activations.Activation, c: Array) -> list[Array]:
     parts = []
     for parity, power in enumerate((square + mirrored, square - mirrored)):
         kept = jnp.sum(a[:, parity::2] ** 2, axis=1, keepdims=True)
-        parts.append(_safe_sqrt(power / 2 - kept))
+        parts.append(safe_sqrt(power / 2 - kept))
     rows = jnp.concatenate([a, *parts], axis=1).T
     return [row.reshape(c.shape) for row in rows]
 
@@ -162,10 +171,6 @@ def _series(a: list[Array], b: list[Array], rho: Array) -> Array:
     for left, right in zip(reversed(a), reversed(b), strict=True):
         value = value * rho + left * right
     return value
-
-
-def _safe_sqrt(x: Array) -> Array:
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def _like(values: np.ndarray, c: Array) -> Array:
