@@ -66,7 +66,7 @@ def fit(
     rows = centred_rows(phi, y, weights, intercept)
     if l2 is None:
         check_criterion(criterion, ("loo", "gcv"))
-        spectrum = RowSpectrum.of(rows.phi, rows.y, intercept)
+        spectrum = RowSpectrum.of(rows.phi, rows.y, intercept, rows.shares)
         l2 = spectrum.best(criterion) / rows.moments.weight
         factor = dataclasses.replace(spectrum.eigen, penalty=l2 * rows.moments.weight)
         kernel = spectrum.kernel(factor.penalty)
@@ -88,15 +88,19 @@ def fit(
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Centred rows, each times the root of its weight, and what was taken out."""
+    """Centred rows, each times the root of its weight, and what was taken out.
+
+    ``shares`` are the weights over their sum.
+    """
 
     phi: np.ndarray
     y: np.ndarray
+    shares: np.ndarray
     moments: Moments
 
 
 def centred_rows(phi, y, weights, intercept: bool) -> Rows:
-    """Checks and centres rows."""
+    """Checks and centres rows; those of weight zero are left out."""
     if phi.ndim != 2 or y.ndim != 2 or len(phi) != len(y) or not len(y):
         raise ValueError(
             "phi must be [n, m] and y [n, o] with the same n. "
@@ -111,6 +115,8 @@ def centred_rows(phi, y, weights, intercept: bool) -> Rows:
             raise ValueError(f"{name} must be finite. Got inf or NaN among them.")
     if np.any(w < 0) or not np.any(w > 0):
         raise ValueError(f"weights must not be negative, nor all zero. Got {w}.")
+    if not np.all(w):
+        z, t, w = (a[w > 0] for a in (z, t, w))
     total = float(w.sum())
     means = [w @ a / total if intercept else np.zeros(a.shape[1]) for a in (z, t)]
     root = np.sqrt(w)[:, None]
@@ -122,10 +128,10 @@ def centred_rows(phi, y, weights, intercept: bool) -> Rows:
         phi_mean=means[0],
         y_mean=means[1],
         weight=total,
-        rows=int(np.count_nonzero(w)),
+        rows=len(w),
         intercept=intercept,
     )
-    return Rows(z, t, moments)
+    return Rows(z, t, w / total, moments)
 
 
 def _factored(z: np.ndarray, penalty: float) -> tuple[_factor.Factor, str]:
@@ -156,6 +162,7 @@ class RowSpectrum:
       targets: Y, ``[n, o]``.
       inside: ``U^T Y``, ``[r, o]``.
       intercept: whether a mean was taken out, one more degree of freedom.
+      shares: the leverage of each row on that mean, ``[n]``.
     """
 
     left: np.ndarray
@@ -163,10 +170,17 @@ class RowSpectrum:
     targets: np.ndarray
     inside: np.ndarray
     intercept: bool
+    shares: np.ndarray
 
     @classmethod
-    def of(cls, z: np.ndarray, y: np.ndarray, intercept: bool) -> "RowSpectrum":
-        """By the eigenvectors of the smaller Gram matrix of Z."""
+    def of(
+        cls,
+        z: np.ndarray,
+        y: np.ndarray,
+        intercept: bool,
+        shares: np.ndarray | None = None,
+    ) -> "RowSpectrum":
+        """By the eigenvectors of the smaller Gram matrix of Z; None: equal shares."""
         if z.shape[0] > z.shape[1]:
             eigen = _factor.eigen(_upper(z.T))
             left = z @ eigen.vectors / np.sqrt(eigen.values)
@@ -175,7 +189,8 @@ class RowSpectrum:
             left = outer.vectors
             right = z.T @ left / np.sqrt(outer.values)
             eigen = _factor.Eigen(outer.values, right, 0.0)
-        return cls(left, eigen, y, left.T @ y, intercept)
+        shares = np.full(len(y), 1 / len(y)) if shares is None else shares
+        return cls(left, eigen, y, left.T @ y, intercept, shares)
 
     @property
     def values(self) -> np.ndarray:
@@ -220,7 +235,7 @@ class RowSpectrum:
         """Residuals of rows predicted without themselves, ``[n, o]``."""
         back, off = self.kept_back(penalty)
         residual = off * self.outside + self.left @ (back[:, None] * self.inside)
-        base = 1 - self.intercept / len(self.targets)
+        base = 1 - self.intercept * self.shares
         free = off * (base - np.sum(self._leverages, axis=1)) + self._leverages @ back
         return residual / np.maximum(free, np.finfo(np.float64).eps)[:, None]
 

@@ -12,6 +12,7 @@ from sklearn.linear_model import Ridge
 import snnk_jax as snnk
 from snnk_jax import ridge
 from snnk_jax.ridge import _factor
+from snnk_jax.ridge._rows import RowSpectrum, centred_rows
 
 
 def of(problem, rows=slice(None), weights=None):
@@ -298,6 +299,40 @@ def test_fit_is_the_formula_and_loses_no_digits(make_problem, shape, l2):
     if l2 == 0 and m > n:
         assert solution.method == "svd"
         assert solution.residual.max() < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(12, 4), (6, 9)])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_left_out_residuals_of_uneven_weights_are_those_of_refits(
+    make_problem, shape, intercept
+):
+    n, m = shape
+    problem = make_problem(n=n, m=m)
+    weights, penalty = np.r_[40, np.ones(n - 1)], 20.0
+    rows = centred_rows(problem.phi, problem.y, weights, intercept)
+    spectrum = RowSpectrum.of(rows.phi, rows.y, intercept, rows.shares)
+    found = spectrum.left_out(penalty) / np.sqrt(weights)[:, None]
+    for i in range(n):
+        rest = np.delete(np.arange(n), i)
+        kernel, bias, _ = dataclasses.replace(
+            problem, phi=problem.phi[rest], y=problem.y[rest]
+        ).coefficients(penalty / weights[rest].sum(), weights[rest], intercept)
+        expected = problem.y[i] - problem.phi[i] @ kernel - bias * intercept
+        np.testing.assert_allclose(found[i], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["gcv", "loo"])
+@pytest.mark.parametrize("shape", [(40, 8), (12, 30)])
+def test_rows_of_weight_zero_do_not_choose_the_penalty(make_problem, shape, criterion):
+    n, m = shape
+    problem = make_problem(n=n + 5, m=m, noise=3.0)
+    phi, y = jnp_rows(problem)
+    weights = jnp.asarray(problem.weights).at[n:].set(0)
+    found = ridge.fit(phi, y, weights=weights, criterion=criterion)
+    alone = ridge.fit(phi[:n], y[:n], weights=weights[:n], criterion=criterion)
+    np.testing.assert_allclose(found.l2, alone.l2, rtol=1e-6)
+    np.testing.assert_allclose(found.kernel, alone.kernel, atol=1e-5)
+    assert found.rows == alone.rows == n
 
 
 def test_fit_leaves_one_out_which_beats_gcv_with_few_rows():
