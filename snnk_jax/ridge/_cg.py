@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from snnk_jax.ridge._solve import PrecisionWarning, RidgeSolution, check_l2
+from snnk_jax.ridge._solve import (
+    PrecisionWarning,
+    RidgeSolution,
+    check_l2,
+    rounding_of,
+)
 from snnk_jax.ridge._stats import RidgeStats, recentre, shifts
 from snnk_jax.typing import PRNGKeyArray
 
@@ -134,7 +139,10 @@ def solve_cg(
         rows=int(stats.rows),
         weight=weight,
         phi_mean=np.asarray(system.phi_mean, np.float64),
+        y_mean=np.asarray(system.y_mean, np.float64),
         intercept=intercept,
+        kernel64=np.asarray(kernel, np.float64),
+        rounding=rounding_of(stats),
         factor=None,
     )
     return solution, report

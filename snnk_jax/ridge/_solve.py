@@ -24,6 +24,8 @@ _EIGH_WIDTH = 4096
 # Condition numbers above which the rounding of sums shows in the coefficients, and the
 # relative size of that rounding.
 _LIMITS = {4: 1e4, 8: 1e12}
+# Condition number above which the leverages of a dual factor lose digits.
+_DUAL = 1e3
 # Least penalty that is tried, as a share of the norm of the Gram matrix.
 _LEAST = {4: 1e-7, 8: 1e-11}
 _ROUNDING = {4: 1e-7, 8: 1e-15}
@@ -49,7 +51,10 @@ class RidgeSolution:
       rows: number of rows seen.
       weight: sum of their weights.
       phi_mean: the mean that the intercept takes out, ``[m]``; zeros without.
+      y_mean: that of the targets, ``[o]``.
       intercept: whether there is one.
+      kernel64: V in float64, which the left-out residuals need.
+      rounding: relative rounding of the sums that were solved.
       factor: the factorisation in float64, which the errors and left-out residuals
         need; ``dataclasses.replace(solution, factor=None)`` frees its memory.
     """
@@ -63,7 +68,10 @@ class RidgeSolution:
     rows: int
     weight: float
     phi_mean: np.ndarray = dataclasses.field(repr=False)
+    y_mean: np.ndarray = dataclasses.field(repr=False)
     intercept: bool
+    kernel64: np.ndarray = dataclasses.field(repr=False)
+    rounding: float
     factor: Any = dataclasses.field(repr=False)
 
     def __call__(self, phi: Float[Array, "*b m"]) -> Float[Array, "*b o"]:
@@ -326,7 +334,7 @@ def select_l2(
 
     def judge(values: np.ndarray) -> float:
         for l2 in map(float, values):
-            judged[l2] = _judge(centred, held_out, factor_at(l2), _rounding(stats))
+            judged[l2] = _judge(centred, held_out, factor_at(l2), rounding_of(stats))
         return min(judged, key=lambda l2: judged[l2][0])
 
     if l2s is not None:
@@ -351,13 +359,18 @@ def leave_one_out(
     r"""Residuals of rows predicted without themselves, ``[n, o]``, in closed form.
 
     ``residual / (1 - leverage)``: what a refit without the row would give at the same
-    :math:`\lambda`. The rows may come in chunks.
+    :math:`\lambda`, in float64. The rows may come in chunks.
 
     Args:
       solution: with its factor, of statistics that hold the rows.
       phi: their features.
       y: their targets.
       weights: their weights.
+
+    Warns:
+      PrecisionWarning: where a leverage is so close to 1 that the rounding of the
+        statistics is above a hundredth of what is left: more features than rows and
+        hardly a penalty. Of :func:`fit` the residuals have their digits there too.
 
     References:
       Allen, "The relationship between variable selection and data augmentation and a
@@ -372,10 +385,49 @@ def leave_one_out(
       >>> snnk.ridge.leave_one_out(solution, phi, y).shape
       (30, 4)
     """
-    kernel = np.asarray(solution.kernel, np.float64)
-    fitted = np.asarray(phi, np.float64) @ kernel + np.asarray(solution.bias)
-    residual = np.asarray(y, np.float64) - fitted
-    return residual / (1 - solution.leverage(phi, weights))[:, None]
+    z = np.asarray(phi, np.float64) - solution.phi_mean
+    residual = np.asarray(y, np.float64) - solution.y_mean - z @ solution.kernel64
+    own = np.ones(len(z)) if weights is None else np.asarray(weights, np.float64)
+    factor = solution.factor
+    if isinstance(factor, _factor.Dual) and factor.condition > _DUAL:
+        factor = _factor.svd(factor.rows, factor.penalty)
+    if (
+        isinstance(factor, _factor.Eigen)
+        and len(factor.values) == solution.rows - solution.intercept
+        and solution.rounding <= _ROUNDING[8]
+    ):
+        seen = own > 0
+        residual[seen] = _interpolated(factor, solution.kernel64, z[seen], own[seen])
+        return residual
+    free = 1 - solution.leverage(phi, weights)
+    lost = int(np.sum(free < 100 * solution.rounding))
+    if lost:
+        warnings.warn(
+            f"{lost} rows have a leverage within {100 * solution.rounding:.0e} of 1, "
+            f"which a rounding of {solution.rounding:.0e} leaves few digits of: their "
+            "left-out residuals may be off by any factor. Raise l2, or take them from "
+            "ridge.fit.",
+            PrecisionWarning,
+            stacklevel=2,
+        )
+    with np.errstate(divide="ignore", invalid="ignore"):  # warned of
+        return residual / free[:, None]
+
+
+def _interpolated(
+    factor: _factor.Eigen, kernel: np.ndarray, z: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Left-out residuals where only the penalty keeps the rows from being met.
+
+    With rows ``Z = U S V^T`` and all of U seen, residuals and what the leverages leave
+    of 1 have the penalty as a factor, ``p U (S^2 + p)^{-1} U^T`` of the targets and on
+    the diagonal. It cancels, and may be zero.
+    """
+    roots = np.sqrt(factor.values)
+    left = z @ factor.vectors / roots
+    residual = left @ (factor.vectors.T @ kernel / roots[:, None])
+    free = left**2 @ (1 / (factor.values + factor.penalty))
+    return residual / (weights * free)[:, None]
 
 
 def _factored(stats: RidgeStats, intercept: bool, penalty: float) -> _factor.Factor:
@@ -425,14 +477,14 @@ def _solution(
         warnings.warn(
             f"l2={l2:.2g} leaves a condition number of {factor.condition:.1e}, above "
             f"the {limit:.0e} that sums in {dtype.name} resolve: coefficients may be "
-            f"off by {factor.condition * _rounding(stats):.0e} of their size, "
+            f"off by {factor.condition * rounding_of(stats):.0e} of their size, "
             "predictions by far less. Raise l2, or gather the statistics in float64.",
             PrecisionWarning,
             stacklevel=3,
         )
     method = "eigh" if isinstance(factor, _factor.Eigen) else "cholesky"
     kernel = factor.solve(centred.cross)
-    return make_solution(centred, kernel, l2, factor, method, dtype)
+    return make_solution(centred, kernel, l2, factor, method, dtype, rounding_of(stats))
 
 
 def make_solution(
@@ -442,6 +494,7 @@ def make_solution(
     factor: _factor.Factor | None,
     method: str,
     dtype: Any,
+    rounding: float = _ROUNDING[8],
 ) -> RidgeSolution:
     """The solution of coefficients in float64, in a dtype of its own."""
     penalty = l2 * centred.weight
@@ -455,12 +508,16 @@ def make_solution(
         rows=centred.rows,
         weight=centred.weight,
         phi_mean=centred.phi_mean,
+        y_mean=centred.y_mean,
         intercept=centred.intercept,
+        kernel64=kernel,
+        rounding=rounding,
         factor=factor,
     )
 
 
-def _rounding(stats: RidgeStats) -> float:
+def rounding_of(stats: RidgeStats) -> float:
+    """Relative rounding of sums in the dtype of the statistics."""
     return _ROUNDING[stats.weight.high.dtype.itemsize]
 
 

@@ -210,6 +210,42 @@ def test_left_out_residuals_are_those_of_refits(make_problem, how):
     np.testing.assert_allclose(half, found[:10], rtol=1e-6)
 
 
+@pytest.mark.parametrize("l2", [1e-2, 1e-6, 1e-8, 1e-10, 1e-14, 0.0])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_left_out_residuals_keep_their_digits_without_a_penalty(
+    make_problem, l2, weighted
+):
+    problem = make_problem(n=30, m=60)
+    weights = problem.weights if weighted else np.ones(30, np.float32)
+    weights[3] = 0  # was not seen
+    rows = centred_rows(problem.phi, problem.y, weights, True)
+    spectrum = RowSpectrum.of(rows.phi, rows.y, True, rows.shares)
+    seen = weights > 0
+    expected = spectrum.left_out(l2 * rows.moments.weight)
+    expected /= np.sqrt(weights[seen].astype(float))[:, None]
+    solution = ridge.fit(*jnp_rows(problem), l2, jnp.asarray(weights))
+    found = ridge.leave_one_out(solution, *jnp_rows(problem), jnp.asarray(weights))
+    np.testing.assert_allclose(found[seen], expected, rtol=1e-5)
+    plain = problem.y[3] - np.asarray(solution(jnp.asarray(problem.phi[3:4])))[0]
+    np.testing.assert_allclose(found[3], plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:l2=:snnk_jax.ridge.PrecisionWarning")
+def test_left_out_residuals_without_digits_are_warned_of(make_problem):
+    problem = make_problem(n=30, m=60)
+    stats = of(problem)
+    with pytest.warns(
+        ridge.PrecisionWarning, match="rows have a leverage within 1e-05"
+    ):
+        ridge.leave_one_out(ridge.solve(stats, 1e-8), *jnp_rows(problem))
+    # One row alone has a feature that the others lack.
+    phi = jnp.eye(4, 3).at[3, 0].set(1)
+    solution = ridge.fit(phi, jnp.arange(4.0)[:, None], 0.0, intercept=False)
+    with pytest.warns(ridge.PrecisionWarning, match="^2 rows .* Raise l2"):
+        found = ridge.leave_one_out(solution, phi, jnp.arange(4.0)[:, None])
+    np.testing.assert_allclose(found[[0, 3], 0], [-3, 3])
+
+
 def test_path_scores_are_those_of_each_solution(make_problem):
     problem = make_problem(noise=3.0)
     stats = of(problem)
