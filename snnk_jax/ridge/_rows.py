@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from snnk_jax.ridge import _factor
@@ -48,12 +50,12 @@ def fit(
         at all where rows are fewer than features or repeat each other.
 
     Returns:
-      The solution, in the dtype of ``y``; its ``method`` is ``"cholesky"``,
-      ``"dual"``, ``"svd"`` or, for ``l2=None``, ``"eigh"``.
+      The solution, in the dtype of ``y`` (float32 without x64); its ``method`` is
+      ``"cholesky"``, ``"dual"``, ``"svd"`` or, for ``l2=None``, ``"eigh"``.
 
     Raises:
-      ValueError: for shapes that do not fit, values that are not finite, or a negative
-        penalty or weight.
+      ValueError: for shapes that do not fit, targets that are not floating, values
+        that are not finite, or a negative penalty or weight.
 
     Example:
       >>> import jax
@@ -78,9 +80,8 @@ def fit(
             kernel = rows.phi.T @ factor.factor.solve(rows.y)
         else:
             kernel = factor.solve(rows.moments.cross)
-    solution = make_solution(
-        rows.moments, kernel, l2, factor, method, np.asarray(y).dtype
-    )
+    dtype = jax.dtypes.canonicalize_dtype(y.dtype)
+    solution = make_solution(rows.moments, kernel, l2, factor, method, dtype)
     # Of the rows themselves: exact also where hardly anything is left.
     residual = np.sum((rows.y - rows.phi @ kernel) ** 2, axis=0) / rows.moments.weight
     return dataclasses.replace(solution, residual=residual)
@@ -105,6 +106,10 @@ def centred_rows(phi, y, weights, intercept: bool) -> Rows:
         raise ValueError(
             "phi must be [n, m] and y [n, o] with the same n. "
             f"Got {phi.shape} and {y.shape}."
+        )
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(
+            f"y must be floating; one-hot encode classes. Got {y.dtype.name}."
         )
     if weights is not None and weights.shape != y.shape[:1]:
         raise ValueError(f"weights must be [{len(y)}], one a row. Got {weights.shape}.")

@@ -337,6 +337,17 @@ def test_fit_is_the_formula_and_loses_no_digits(make_problem, shape, l2):
         assert solution.residual.max() < 1e-12
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_fit_takes_float64_of_numpy_without_x64(make_problem):
+    problem = make_problem()
+    phi, y = problem.phi.astype(float), problem.y.astype(float)
+    solution = ridge.fit(phi, y, 0.1)  # a warning would be an error here
+    assert solution.kernel.dtype == solution.bias.dtype == jnp.float32
+    np.testing.assert_allclose(
+        solution.kernel, problem.coefficients(0.1)[0], rtol=1e-5, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("shape", [(12, 4), (6, 9)])
 @pytest.mark.parametrize("intercept", [True, False])
 def test_left_out_residuals_of_uneven_weights_are_those_of_refits(
@@ -427,6 +438,14 @@ def test_no_interpolation_spike_on_digits():
         (lambda s: ridge.select_l2(s, criterion="validation"), "validation must be"),
         (lambda s: ridge.select_l2(s, validation=s), "and only then. Got criterion='"),
         (lambda s: ridge.fit(jnp.ones((3, 2)), jnp.ones((2, 1))), "the same n"),
+        (
+            lambda s: ridge.fit(jnp.ones((3, 2)), jnp.ones((3, 1), int)),
+            "y must be floating; one-hot encode classes. Got int32",
+        ),
+        (
+            lambda s: ridge.fit(jnp.ones((3, 2)), jnp.ones((3, 1), bool)),
+            "one-hot encode classes. Got bool",
+        ),
         (
             lambda s: ridge.fit(jnp.ones((3, 2)), jnp.ones((3, 1)) * jnp.nan),
             "targets must be finite",
