@@ -71,7 +71,7 @@ def update_sharded(
       >>> int(stats.rows)
       1000
     """
-    check_chunks(stats, x, y, weights, chunk_size)
+    check_chunks(stats, x, y, weights, phi, chunk_size)
     for axis in (data, features):
         if axis is not None and axis not in mesh.shape:
             raise ValueError(f"mesh must have an axis {axis!r}. Got {mesh.axis_names}.")

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from snnk_jax.ridge._accumulate import Map, accumulate
+from snnk_jax.ridge._accumulate import Map, accumulate, as_pytree
 from snnk_jax.ridge._stats import RidgeStats
 from snnk_jax.typing import Array, Float
 
@@ -98,7 +98,7 @@ def update_chunks(
         longer sums round more.
 
     Raises:
-      ValueError: for shapes that do not fit.
+      ValueError: for shapes that do not fit, also of what ``phi`` makes of the rows.
 
     Example:
       >>> import functools, jax
@@ -116,7 +116,7 @@ def update_chunks(
       >>> int(stats.rows)
       1000
     """
-    check_chunks(stats, x, y, weights, chunk_size)
+    check_chunks(stats, x, y, weights, phi, chunk_size)
     return accumulate(stats, x, y, weights, phi, chunk_size)
 
 
@@ -140,14 +140,14 @@ def downdate_chunks(
       >>> int(left.rows)
       15
     """
-    check_chunks(stats, x, y, weights, chunk_size)
+    check_chunks(stats, x, y, weights, phi, chunk_size)
     return accumulate(stats, x, y, weights, phi, chunk_size, -1)
 
 
 def check_chunks(
-    stats: RidgeStats, x: Any, y: Any, weights: Any, chunk_size: int
+    stats: RidgeStats, x: Any, y: Any, weights: Any, phi: Map | None, chunk_size: int
 ) -> None:
-    """Raises ValueError for rows that do not fit, whatever their features will be."""
+    """Raises ValueError for rows or features of them that do not fit."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1. Got {chunk_size}.")
     shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
@@ -156,6 +156,17 @@ def check_chunks(
             f"x and y must have the same number of rows. Got {shapes} and {y.shape}."
         )
     _check_targets(stats, y, weights)
+    features = jax.eval_shape(_features, as_pytree(phi), x)
+    if getattr(features, "shape", None) != (len(y), stats.num_features):
+        raise ValueError(
+            f"phi must map {len(y)} rows to [{len(y)}, {stats.num_features}]. "
+            f"Got {getattr(features, 'shape', features)}."
+        )
+
+
+@jax.jit
+def _features(phi: Map, x: Any) -> Any:
+    return phi(x)
 
 
 def _check_rows(stats: RidgeStats, phi: Any, y: Any, weights: Any) -> None:

@@ -102,6 +102,7 @@ def test_one_reduction_and_no_gather(make_problem):
         ({"features": "columns"}, "mesh must have an axis 'columns'"),
         ({"features": "model"}, "divisible by the 4 devices of the axis 'model'. Got"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"phi": jnp.transpose}, r"phi must map 8 rows to \[8, 3\]. Got \(3, 8\)"),
     ],
     ids=str,
 )

@@ -313,6 +313,33 @@ def test_memory_does_not_grow_with_the_rows(monkeypatch):
             lambda s: ridge.update_chunks(s, jnp.ones((5, 2)), jnp.ones((4, 1))),
             "x and y must have the same number of rows",
         ),
+        (
+            lambda s: ridge.update_chunks(
+                s, jnp.ones((4, 2)), jnp.ones((4, 1)), phi=lambda x: x[:, :1]
+            ),
+            r"phi must map 4 rows to \[4, 2\]. Got \(4, 1\)",
+        ),
+        (
+            lambda s: ridge.update_chunks(
+                ridge.init(2, 1, shift=False),
+                jnp.ones((4, 2)),
+                jnp.ones((4, 1)),
+                phi=lambda x: x[:, :1],
+            ),
+            r"phi must map 4 rows to \[4, 2\]. Got \(4, 1\)",
+        ),
+        (
+            lambda s: ridge.downdate_chunks(
+                s, jnp.ones((4, 2)), jnp.ones((4, 1)), phi=lambda x: x.T
+            ),
+            r"phi must map 4 rows to \[4, 2\]. Got \(2, 4\)",
+        ),
+        (
+            lambda s: ridge.update_chunks(
+                s, jnp.ones((4, 2)), jnp.ones((4, 1)), phi=lambda x: (x, x)
+            ),
+            r"phi must map 4 rows to \[4, 2\]. Got \(Shape",
+        ),
         (lambda s: ridge.merge(s, ridge.init(3, 1)), "same features and targets"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
