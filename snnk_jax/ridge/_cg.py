@@ -12,6 +12,7 @@ from snnk_jax.ridge._solve import (
     PrecisionWarning,
     RidgeSolution,
     check_l2,
+    check_rows,
     rounding_of,
 )
 from snnk_jax.ridge._stats import RidgeStats, recentre, shifts
@@ -103,8 +104,7 @@ def solve_cg(
             f"Got {tolerance} and {max_steps}."
         )
     weight = float(stats.weight.high) + float(stats.weight.low)
-    if not weight > 0:
-        raise ValueError(f"statistics must hold rows. Got a weight of {weight}.")
+    check_rows(int(stats.rows), weight)
     penalty = jnp.asarray(l2 * weight, stats.weight.high.dtype)
     system = _prepare(stats, intercept)
     sizes = jnp.sum(jnp.diagonal(system.gram)) + jnp.sum(jnp.abs(system.cross))

@@ -174,8 +174,7 @@ def moments(
     a, c = (np.asarray(_host(v), np.float64) for v in shifts(stats))
     s, t = value_of(stats.phi_sum), value_of(stats.y_sum)
     weight, rows = float(value_of(stats.weight)), int(_host(stats.rows))
-    if not weight > 0:
-        raise ValueError(f"statistics must hold rows. Got a weight of {weight}.")
+    check_rows(rows, weight)
     if about is not None:
         mean, y_mean = about.phi_mean, about.y_mean
     elif intercept:
@@ -532,6 +531,15 @@ def _host(value: Any) -> np.ndarray:
     if not here:
         value = multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)
+
+
+def check_rows(rows: int, weight: float) -> None:
+    """Raises ValueError unless statistics hold rows of some weight."""
+    # What unlearning leaves of the weight of all rows is rounding.
+    if not (rows > 0 and weight > 0):
+        raise ValueError(
+            f"statistics must hold rows. Got {rows} of a weight of {weight}."
+        )
 
 
 def check_l2(l2: float) -> None:

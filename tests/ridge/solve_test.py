@@ -280,6 +280,24 @@ def test_wide_matrices_are_factored_for_each_penalty(make_problem, monkeypatch):
         assert coarse.scores.min() < 1.02 * free.scores.min()
 
 
+def test_a_weight_without_rows_is_no_statistics(make_problem):
+    """What is left of the weight when all rows are unlearned is rounding."""
+    stats = of(make_problem())
+    weight = stats.weight._replace(high=jnp.float32(2.4e-5))
+    empty = stats._replace(weight=weight, rows=jnp.int32(0))
+    calls = (
+        lambda: ridge.solve(empty, 1e-3),
+        lambda: ridge.select_l2(empty),
+        lambda: ridge.solve_cg(jax.random.key(0), empty, 1e-3, rank=4),
+        lambda: ridge.select_l2(stats, criterion="validation", validation=empty),
+    )
+    for call in calls:
+        with pytest.raises(
+            ValueError, match="must hold rows. Got 0 of a weight of 2.4"
+        ):
+            call()
+
+
 def test_validation_scores_are_errors_on_other_rows(make_problem):
     problem = make_problem(noise=3.0)
     train, rest = of(problem, slice(0, 200)), slice(200, 300)
