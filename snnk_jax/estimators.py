@@ -10,6 +10,7 @@ and float32 arrays in float32. Give float32 to an accelerator that has no fast f
 
 # ruff: noqa: N803 (X is scikit-learn's name)
 
+import copy
 import dataclasses
 import functools
 import math
@@ -267,6 +268,10 @@ class _RidgeOnFeatures(_RandomFeatures):
             stats = ridge.init(self.features_.num_features, num_targets, dtype)
         self.stats_ = _to_host(stats)
 
+    def _become(self, new: "_RidgeOnFeatures") -> None:
+        """Takes over all of a copy, which learns in its place: it may be refused."""
+        vars(self).update(vars(new))
+
     def _add(self, x: np.ndarray, y: np.ndarray, weights: np.ndarray | None) -> None:
         self._keep(self._changed(ridge.update_chunks, x, y, weights))
 
@@ -303,10 +308,17 @@ class _RidgeOnFeatures(_RandomFeatures):
         return self._solution
 
     def _keep(self, stats: RidgeStats) -> None:
-        if not np.isfinite(stats.phi_sum.high).all():
+        squares = np.diagonal(stats.gram.high)
+        if not (np.isfinite(stats.phi_sum.high).all() and np.isfinite(squares).all()):
             raise ValueError(
                 "features must be finite. Got inf or NaN among them: "
                 f"{self.features_!r} does not reach inputs of this size; lower scale."
+            )
+        sums = stats.cross, stats.y_sum, stats.y_square, stats.weight
+        if not all(np.isfinite(total.high).all() for total in sums):
+            raise ValueError(
+                "sums of targets, their squares and weights must be finite in "
+                f"{self.dtype_.name}. Got inf or NaN among them: scale y down."
             )
         self.stats_ = _to_host(stats)
         self._solution = None
@@ -358,8 +370,8 @@ class SNNKRegressor(MultiOutputMixin, RegressorMixin, _RidgeOnFeatures):
         :class:`FeatureMapTransformer`.
 
     Raises:
-      ValueError: for parameters or data out of their range, or features that are not
-        finite; in ``partial_fit`` and ``unlearn`` nothing is changed then.
+      ValueError: for parameters or data out of their range, or features or sums that
+        are not finite; nothing is changed then.
 
     Warns:
       snnk_jax.ridge.PrecisionWarning: where ``l2`` asks more of the statistics than
@@ -382,14 +394,18 @@ class SNNKRegressor(MultiOutputMixin, RegressorMixin, _RidgeOnFeatures):
 
     def fit(self, X, y, sample_weight=None):
         """Fits rows ``X [n, d]`` and ``y [n]`` or ``[n, o]``; forgets others."""
-        self._add(*self._rows(X, y, sample_weight, first=True))
-        self._solve()
+        new = copy.copy(self)
+        new._add(*new._rows(X, y, sample_weight, first=True))
+        new._solve()
+        self._become(new)
         return self
 
     def partial_fit(self, X, y, sample_weight=None):
         """Adds rows; the first draw the features."""
         first = not hasattr(self, "stats_")
-        self._add(*self._rows(X, y, sample_weight, first))
+        new = copy.copy(self)
+        new._add(*new._rows(X, y, sample_weight, first))
+        self._become(new)
         return self
 
     def unlearn(self, X, y, sample_weight=None):
@@ -455,8 +471,10 @@ class SNNKClassifier(ClassifierMixin, _RidgeOnFeatures):
 
     def fit(self, X, y, sample_weight=None):
         """Fits rows ``X [n, d]`` and labels ``y [n]``; forgets others."""
-        self._add(*self._rows(X, y, None, sample_weight, first=True))
-        self._solve()
+        new = copy.copy(self)
+        new._add(*new._rows(X, y, None, sample_weight, first=True))
+        new._solve()
+        self._become(new)
         return self
 
     def partial_fit(self, X, y, classes=None, sample_weight=None):
@@ -475,7 +493,9 @@ class SNNKClassifier(ClassifierMixin, _RidgeOnFeatures):
                 f"classes must be those of the first call, {self.classes_}. "
                 f"Got {classes}."
             )
-        self._add(*self._rows(X, y, classes, sample_weight, first))
+        new = copy.copy(self)
+        new._add(*new._rows(X, y, classes, sample_weight, first))
+        self._become(new)
         return self
 
     def unlearn(self, X, y, sample_weight=None):

@@ -349,6 +349,34 @@ def test_wrong_rows_leave_the_model_alone():
     np.testing.assert_array_equal(model.predict(x), before)
 
 
+@pytest.mark.parametrize("kind", [SNNKRegressor, SNNKClassifier])
+def test_wrong_first_rows_leave_nothing_behind(kind):
+    x, y = labelled() if kind is SNNKClassifier else rows()
+    classes = {"classes": np.unique(y)} if kind is SNNKClassifier else {}
+    model = kind(URF(activation="cos", num_features=16), l2=1e-2, random_state=0)
+    before = dict(vars(model))
+    with pytest.raises(ValueError, match="features must be finite"):
+        model.partial_fit(100 * x, y, **classes)
+    with pytest.raises(ValueError, match="features must be finite"):
+        model.fit(100 * x, y)
+    assert vars(model) == before
+    with pytest.raises(NotFittedError):
+        model.predict(x)
+    model.partial_fit(x[:, :2], y, **classes)
+    assert model.predict(x[:, :2]).shape == y.shape
+
+
+def test_sums_that_overflow_are_refused():
+    x, y = rows(dtype="float32")
+    model = SNNKRegressor(**GIVEN).fit(x, y)
+    before = model.predict(x)
+    with pytest.raises(ValueError, match="must be finite in float32. Got inf or NaN"):
+        model.partial_fit(x, np.float32(1e20) * y)
+    with pytest.raises(ValueError, match="must be finite in float32. Got inf or NaN"):
+        SNNKRegressor(**GIVEN).fit(x, np.float32(1e20) * y)
+    np.testing.assert_array_equal(model.predict(x), before)
+
+
 def test_unfitted_models_unlearn_nothing():
     with pytest.raises(NotFittedError):
         SNNKRegressor().unlearn(*rows())
