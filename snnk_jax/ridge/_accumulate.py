@@ -148,7 +148,7 @@ def add_rows(
     if stats.phi_shift is not None:
         phi = phi.astype(dtype) - stats.phi_shift[None]
         y = y - stats.y_shift[None]
-    elif phi.dtype != jnp.bfloat16:
+    elif phi.dtype != jnp.bfloat16 or dtype != jnp.float32:
         phi = phi.astype(dtype)
     left = phi if weights is None else phi * ones[:, None].astype(phi.dtype)
     terms = {

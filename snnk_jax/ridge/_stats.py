@@ -64,8 +64,8 @@ def init(
       dtype: of the sums: float32, or float64 where JAX has it switched on. Every sum is
         kept as two numbers of it, so that rounding does not grow with the rows.
       shift: subtract the mean of the first rows from all rows before they are
-        multiplied. Without it bfloat16 features are multiplied as they are, twice and
-        more as fast on a TPU or GPU.
+        multiplied. Without it bfloat16 features are multiplied as they are into sums
+        in float32, twice and more as fast on a TPU or GPU.
 
     Raises:
       ValueError: for sizes below one or another dtype.

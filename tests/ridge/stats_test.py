@@ -245,6 +245,16 @@ def test_float64_statistics_have_its_digits(make_problem):
         np.testing.assert_allclose(solution.bias, bias, rtol=1e-8)
 
 
+def test_bfloat16_features_are_summed_in_float64(make_problem):
+    with jax.enable_x64(True):
+        phi = jnp.asarray(make_problem(n=2000).phi, jnp.bfloat16)
+        stats = ridge.init(20, 1, jnp.float64, shift=False)
+        stats = ridge.update(stats, phi, jnp.ones((2000, 1)))
+        exact = np.asarray(phi, np.float64).T @ np.asarray(phi, np.float64)
+        found = np.triu(moments(stats, intercept=False).gram)
+        np.testing.assert_allclose(found, np.triu(exact), rtol=1e-13)
+
+
 def test_update_is_pure_and_jitted_alike(make_problem):
     problem = make_problem()
     stats = ridge.init(20, 3)
