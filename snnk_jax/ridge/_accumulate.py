@@ -1,7 +1,9 @@
 """The sums of rows, a chunk at a time: in one compiled loop, or with BLAS on a CPU."""
 
+import dataclasses
 import functools
 import operator
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,13 +71,41 @@ def as_pytree(phi: Map | None) -> Map:
     """The map as a pytree: arrays bound by ``functools.partial`` are its leaves."""
     if phi is None:
         return jax.tree_util.Partial(_identity)
-    if isinstance(phi, functools.partial):
-        return jax.tree_util.Partial(phi.func, *phi.args, **phi.keywords)
-    return jax.tree_util.Partial(phi)
+    bound = phi if isinstance(phi, functools.partial) else functools.partial(phi)
+    static = {name: v for name, v in bound.keywords.items() if _is_static(v)}
+    traced = {name: v for name, v in bound.keywords.items() if name not in static}
+    function, owner = bound.func, ()
+    # Methods are equal only of the same object: an equal one would compile again.
+    if isinstance(function, types.MethodType) and _is_static(function.__self__):
+        function, owner = function.__func__, (function.__self__,)
+    call = _Call(function, owner, tuple(sorted(static.items())))
+    return jax.tree_util.Partial(call, *bound.args, **traced)
 
 
 def _identity(x: Any) -> Any:
     return x
+
+
+def _is_static(value: Any) -> bool:
+    """Whether it can be compared and is no number to differentiate or to change."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    numbers = (float, complex, np.generic)
+    return not any(isinstance(leaf, numbers) for leaf in jax.tree.leaves(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What of a map is compiled in: equal ones compile once."""
+
+    function: Any
+    owner: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        return self.function(*self.owner, *args, **dict(self.keywords), **keywords)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))

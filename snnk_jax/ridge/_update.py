@@ -92,8 +92,9 @@ def update_chunks(
       y: targets.
       weights: as for :func:`update`.
       phi: maps a chunk of inputs to features, ``functools.partial(fm.phi, params)``
-        for a feature map. The arrays in such a partial are arguments of the compiled
-        loop: other parameters do not compile it again. None: x are the features.
+        for a feature map. The arrays and floats in such a partial are arguments of the
+        compiled loop: other parameters do not compile it again, nor does an equal map.
+        Other keywords, as ``axis=1``, are compiled in. None: x are the features.
       chunk_size: rows at a time; at most ``32 sqrt(n)`` (and 256) are taken, since
         longer sums round more.
 

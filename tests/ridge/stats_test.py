@@ -1,5 +1,6 @@
 """Statistics: any chunks, any order, any split of the rows give the same sums."""
 
+import dataclasses
 import functools
 import re
 
@@ -143,6 +144,45 @@ def test_features_on_the_fly_and_one_compilation(make_problem):
         if seed == 0:
             traced = len(traces)
     assert len(traces) == traced, "other parameters must not compile again"
+
+
+def test_equal_maps_compile_once(make_problem):
+    problem = make_problem(n=50, m=4)
+    x, y = jnp.asarray(problem.phi), jnp.asarray(problem.y)
+    traces = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Scaled:
+        power: int
+
+        def phi(self, scale, x):
+            traces.append(self.power)
+            return scale * x**self.power
+
+    for scale in (1.0, 2.0):
+        phi = functools.partial(Scaled(2).phi, scale)
+        stats = ridge.update_chunks(ridge.init(4, 3), x, y, phi=phi)
+        assert_same(stats, ridge.update(ridge.init(4, 3), scale * x**2, y))
+        if scale == 1:
+            traced = len(traces)
+    assert len(traces) == traced
+    phi = functools.partial(Scaled(3).phi, 1.0)
+    stats = ridge.update_chunks(ridge.init(4, 3), x, y, phi=phi)
+    assert_same(stats, ridge.update(ridge.init(4, 3), x**3, y))
+
+
+def test_keywords_that_are_no_arrays_are_compiled_in(make_problem):
+    problem = make_problem(n=50, m=4)
+    x, y = jnp.asarray(problem.phi), jnp.asarray(problem.y)
+
+    def phi(x, *, axis, scale, kind):
+        return scale * jnp.cumsum(x, axis=axis) if kind == "sum" else x
+
+    for scale in (0.5, jnp.float32(0.5)):
+        bound = functools.partial(phi, axis=1, scale=scale, kind="sum")
+        stats = ridge.update_chunks(ridge.init(4, 3), x, y, phi=bound)
+        expected = 0.5 * jnp.cumsum(x, axis=1)
+        assert_same(stats, ridge.update(ridge.init(4, 3), expected, y))
 
 
 def test_merge_is_the_union_in_any_order(make_problem):
