@@ -287,12 +287,19 @@ def _total(value: Any, dtype: Any) -> Total:
 
 def _clip(rows: Any, bound: float) -> Any:
     """Rows of norms of at most ``bound``, whatever the rounding."""
+    rows = jnp.asarray(rows)  # float64 of NumPy becomes what JAX computes in
     wide = jnp.float64 if rows.dtype == jnp.float64 else jnp.float32
-    norm = jnp.linalg.norm(rows.astype(wide), axis=1, keepdims=True)
     margin = rows.shape[1] * jnp.finfo(wide).eps + 2 * jnp.finfo(rows.dtype).eps
     limit = bound * (1 - float(margin))
-    clipped = rows.astype(wide) * (limit / norm)
-    return jnp.where(norm > limit, clipped.astype(rows.dtype), rows)
+    # By a power of two the squares of extreme rows neither overflow nor vanish.
+    power = 5 * jnp.finfo(wide).maxexp // 16
+    top = jnp.max(jnp.abs(rows), axis=1, keepdims=True).astype(wide)
+    small = jnp.where(top < 2.0**-power, 2.0 ** (2 * power), 1)
+    unit = jnp.where(top > 2.0**power, 2.0 ** (-2 * power), small).astype(wide)
+    scaled = rows.astype(wide) * unit
+    norm = jnp.linalg.norm(scaled, axis=1, keepdims=True)
+    clipped = scaled * (limit / norm)
+    return jnp.where(norm > limit * unit, clipped.astype(rows.dtype), rows)
 
 
 def _check_bounds(phi_bound: float, y_bound: float) -> None:

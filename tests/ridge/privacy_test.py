@@ -300,6 +300,27 @@ def test_clipping_of_extremes():
     np.testing.assert_array_equal(same, y)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_clipped_rows_of_numpy_are_inside_the_bounds_without_x64():
+    rng = np.random.default_rng(0)
+    phi, y = rng.normal(size=(1000, 64)), rng.normal(size=(1000, 2))
+    clipped, _ = clip_rows(phi, y, 1.0, 1.0)
+    assert clipped.dtype == jnp.float32
+    norms = np.linalg.norm(np.asarray(clipped, float), axis=1)
+    assert 0.9999 < norms.min() <= norms.max() <= 1
+
+
+@pytest.mark.parametrize("size", [3e38, 1e20, 1e-25])
+def test_rows_whose_squares_overflow_or_vanish_are_clipped(size):
+    bound = min(1.0, size / 100)
+    phi = size * jnp.array([[0.6, -0.8], [1.0, 1.0], [0.0, 1.0]])
+    clipped, _ = clip_rows(phi, phi[:, :1], bound, bound)
+    clipped = np.asarray(clipped, float) / bound
+    expected = np.array([[0.6, -0.8], [0.5**0.5, 0.5**0.5], [0.0, 1.0]])
+    np.testing.assert_allclose(clipped, expected, rtol=1e-5)
+    assert np.all(np.linalg.norm(clipped, axis=1) <= 1)
+
+
 def test_no_rows_are_released_like_any():
     # An error would tell that there are none.
     private, _ = release(snnk.ridge.init(3, 1, shift=False))
