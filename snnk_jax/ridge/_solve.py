@@ -171,6 +171,22 @@ def moments(
     stats: RidgeStats, intercept: bool = True, about: Moments | None = None
 ) -> Moments:
     """Moments about the own mean, about zero without intercept, or about another's."""
+    centred = target_moments(stats, intercept, about)
+    gram = np.array(_host(stats.gram.high), np.float64, order="C")
+    gram += np.asarray(_host(stats.gram.low))
+    # (phi - mean) = (phi - a) - p.
+    s = value_of(stats.phi_sum)
+    p = centred.phi_mean - np.asarray(_host(shifts(stats)[0]), np.float64)
+    blas.dsyr2(-1.0, s, p, lower=1, a=gram.T, overwrite_a=1)
+    blas.dsyr(centred.weight, p, lower=1, a=gram.T, overwrite_a=1)
+    _check_finite(np.diagonal(gram))
+    return dataclasses.replace(centred, gram=gram)
+
+
+def target_moments(
+    stats: RidgeStats, intercept: bool = True, about: Moments | None = None
+) -> Moments:
+    """:func:`moments` without those of the features among themselves."""
     a, c = (np.asarray(_host(v), np.float64) for v in shifts(stats))
     s, t = value_of(stats.phi_sum), value_of(stats.y_sum)
     weight, rows = float(value_of(stats.weight)), int(_host(stats.rows))
@@ -182,20 +198,19 @@ def moments(
     else:
         mean, y_mean = np.zeros_like(a), np.zeros_like(c)
     p, q = mean - a, y_mean - c
-    gram = np.array(_host(stats.gram.high), np.float64, order="C")
-    gram += np.asarray(_host(stats.gram.low))
     cross = value_of(stats.cross)
     square = value_of(stats.y_square)
     # (phi - mean) = (phi - a) - p, and so on.
-    blas.dsyr2(-1.0, s, p, lower=1, a=gram.T, overwrite_a=1)
-    blas.dsyr(weight, p, lower=1, a=gram.T, overwrite_a=1)
     cross = cross - np.outer(s, q) - np.outer(p, t) + weight * np.outer(p, q)
     square = square - 2 * q * t + weight * q * q
-    finite = np.isfinite(np.diagonal(gram)).all() and np.isfinite(cross).all()
-    if not (finite and np.isfinite(square).all()):
-        raise ValueError("features and targets must be finite. Got inf or NaN.")
-    square = np.maximum(square, 0)
+    _check_finite(cross, square)
+    gram, square = np.zeros((0, 0)), np.maximum(square, 0)
     return Moments(gram, cross, square, mean, y_mean, weight, rows, intercept)
+
+
+def _check_finite(*sums: np.ndarray) -> None:
+    if not all(np.isfinite(values).all() for values in sums):
+        raise ValueError("features and targets must be finite. Got inf or NaN.")
 
 
 def solve(
@@ -291,8 +306,8 @@ def select_l2(
       Penalties, scores and the best solution.
 
     Raises:
-      ValueError: for penalties that are not positive, or a criterion without what it
-        needs.
+      ValueError: for penalties that are not positive, a criterion without what it
+        needs, or statistics of other features or targets.
 
     References:
       Golub, Heath and Wahba, "Generalized cross-validation as a method for choosing a
@@ -314,10 +329,22 @@ def select_l2(
             "validation must be given with criterion='validation', and only then. "
             f"Got criterion={criterion!r}."
         )
+    if validation is not None and (
+        (validation.num_features, validation.num_targets)
+        != (stats.num_features, stats.num_targets)
+    ):
+        raise ValueError(
+            f"validation must have {stats.num_features} features and "
+            f"{stats.num_targets} targets, as the statistics. Got "
+            f"{validation.num_features} and {validation.num_targets}."
+        )
     if l2s is not None:
-        l2s = np.sort(np.asarray(l2s, np.float64))
-        if l2s.ndim != 1 or not len(l2s) or not l2s[0] > 0 or not np.isfinite(l2s[-1]):
+        l2s = np.asarray(l2s, np.float64)
+        if l2s.ndim != 1 or not l2s.size:
+            raise ValueError(f"l2s must be a sequence of penalties. Got {l2s}.")
+        if not np.all((l2s > 0) & (l2s < np.inf)):
             raise ValueError(f"l2s must be positive and finite. Got {l2s}.")
+        l2s = np.sort(l2s)
     centred = moments(stats, intercept)
     held_out = None if validation is None else moments(validation, about=centred)
     top = max(_factor.largest(centred.gram), np.finfo(float).tiny) / centred.weight

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from snnk_jax import ridge
+from snnk_jax.ridge._solve import moments
 
 
 def of(problem, **options):
@@ -31,6 +32,22 @@ def test_the_solution_is_the_factored_one(make_problem, intercept, shift, rank):
     phi = jnp.asarray(problem.phi)
     np.testing.assert_allclose(found(phi), exact(phi), atol=0.02)
     np.testing.assert_allclose(found.residual, exact.residual, rtol=0.05)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_residuals_are_those_of_the_coefficients(make_problem, intercept):
+    stats = of(make_problem(n=2000, m=100, condition=10, noise=1e-3))
+    found, _ = ridge.solve_cg(
+        jax.random.key(0), stats, 1e-4, rank=10, tolerance=1e-3, intercept=intercept
+    )
+    sums = moments(stats, intercept)
+    gram = np.triu(sums.gram) + np.triu(sums.gram, 1).T
+    v = np.asarray(found.kernel, float)
+    exact = sums.y_square + np.sum(v * (gram @ v - 2 * sums.cross), axis=0)
+    floor = 1e-7 * sums.y_square.max() / sums.weight
+    np.testing.assert_allclose(
+        found.residual, exact / sums.weight, rtol=1e-3, atol=floor
+    )
 
 
 @pytest.mark.slow

@@ -450,8 +450,22 @@ def test_no_interpolation_spike_on_digits():
         (lambda s: ridge.solve(s, np.inf), "l2 must be at least 0 and finite"),
         (lambda s: ridge.solve(s, 1.0, method="lu"), "method must be .* Got 'lu'"),
         (lambda s: ridge.solve(ridge.init(2, 1), 1.0), "must hold rows"),
-        (lambda s: ridge.select_l2(s, []), "l2s must be positive"),
+        (lambda s: ridge.select_l2(s, []), "l2s must be a sequence of penalties"),
         (lambda s: ridge.select_l2(s, [0.0, 1.0]), "l2s must be positive"),
+        (lambda s: ridge.select_l2(s, 1e-3), "l2s must be a sequence .* Got 0.001"),
+        (lambda s: ridge.select_l2(s, [1.0, np.inf]), "l2s must be positive and fin"),
+        (
+            lambda s: ridge.select_l2(
+                s, criterion="validation", validation=ridge.init(3, 1)
+            ),
+            "validation must have 2 features and 1 targets.* Got 3 and 1",
+        ),
+        (
+            lambda s: ridge.select_l2(
+                s, criterion="validation", validation=ridge.init(2, 4)
+            ),
+            "validation must have 2 features and 1 targets.* Got 2 and 4",
+        ),
         (lambda s: ridge.select_l2(s, criterion="aic"), "gcv or validation. Got 'aic'"),
         (lambda s: ridge.select_l2(s, criterion="validation"), "validation must be"),
         (lambda s: ridge.select_l2(s, validation=s), "and only then. Got criterion='"),
