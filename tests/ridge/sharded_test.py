@@ -104,7 +104,7 @@ def test_one_reduction_and_no_gather(make_problem):
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
         ({"phi": jnp.transpose}, r"phi must map 8 rows to \[8, 3\]. Got \(3, 8\)"),
     ],
-    ids=str,
+    ids=["rows", "columns", "model", "chunk", "phi"],
 )
 def test_mistakes_are_told(options, words):
     with pytest.raises(ValueError, match=words):
