@@ -246,12 +246,13 @@ def _softsign(z):
 def _estimated(features):
     """What a series map estimates, a function of x @ kernel and bias in float64.
 
-    f itself up to the exact degree, the series beyond.
+    f itself up to the exact degree, if it has no kinks, the series beyond.
     """
     if not isinstance(features, URF) or features.series is None:
         return None
     series, row = features.series, features.row
-    exact = range(0 if features.exact_degree is None else features.exact_degree + 1)
+    none = features.exact_degree is None or row.kinks
+    exact = range(0 if none else features.exact_degree + 1)
 
     def derivative(b, order):
         value = sum(
