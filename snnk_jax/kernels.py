@@ -7,6 +7,7 @@ once, to the dtype of the inputs.
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from snnk_jax import activations
@@ -212,7 +213,7 @@ def _widened(values: Array) -> Array:
 def _rounded(values: Array, like: Array) -> Array:
     """In the dtype of the inputs, unless they are whole numbers."""
     real = jnp.issubdtype(like.dtype, jnp.floating)
-    return values.astype(like.dtype) if real else values
+    return values.astype(jax.dtypes.canonicalize_dtype(like.dtype)) if real else values
 
 
 def _norm(x: Array, axis: int) -> Array:

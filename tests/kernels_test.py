@@ -267,3 +267,10 @@ def test_whole_numbers_are_computed_as_floats():
     x, kernel = jnp.array([[3]]), jnp.array([[1]])
     np.testing.assert_allclose(kernels.polynomial((0.0, 0.5), x, kernel), [[1.5]])
     np.testing.assert_allclose(kernels.ffl("tanh", x, kernel), np.tanh([[3.0]]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_float64_of_numpy_is_taken_without_x64():
+    x, kernel = normal(5, 4), normal(4, 3, seed=1)
+    for exact in (functools.partial(kernels.ffl, "tanh"), kernels.arc_cosine):
+        assert exact(x, kernel).dtype == jnp.float32

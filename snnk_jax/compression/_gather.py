@@ -282,49 +282,67 @@ def sensitivity(
     )
 
 
+def _summary(values: Any) -> np.ndarray:
+    """The mean of each column, and its mean along a ramp, which tells the order."""
+    rows = np.asarray(values, np.float64).reshape(len(values), -1)
+    ramp = np.linspace(-1, 1, len(rows))[:, None]
+    return np.concatenate([rows.mean(axis=0), (ramp * rows).mean(axis=0)])
+
+
 @dataclasses.dataclass(frozen=True)
 class _Store:
     """The sums of one pass on disk, bound to what they were gathered from."""
 
     path: pathlib.Path | None
     identity: str
+    summary: np.ndarray
 
     @classmethod
     def of(
         cls, task: Task, data: Data, label: str, source: _Source, columns: Columns
     ) -> "_Store":
         if data.folder is None:
-            return cls(None, "")
-        settings = (label, task.block, task.corrected)
-        sha = hashlib.sha256(repr(settings).encode())
+            return cls(None, "", np.zeros(0))
         # The batches cannot all be hashed before the pass; the first one stands for
         # them, and what comes out of it for the functions of the settings.
         batch = data.first()
         x, h, target, weight = source(batch, 0)
-        made = (columns(x, h), target, weight)
-        leaves = jax.tree.leaves((source.states, task.root, batch, made))
+        made = jax.tree.leaves((columns(x, h), target, weight))
+        shapes = [leaf.shape for leaf in made]
+        settings = (label, task.block, task.corrected, shapes)
+        sha = hashlib.sha256(repr(settings).encode())
+        leaves = jax.tree.leaves((source.states, task.root, batch))
         for index, leaf in enumerate(leaves):
             if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
                 leaf = jax.random.key_data(leaf)
             hash_array(sha, str(index), np.asarray(leaf))
         name = label.replace("/", ".")
         path = pathlib.Path(data.folder) / f"{name}.safetensors"
-        return cls(path, sha.hexdigest())
+        return cls(path, sha.hexdigest(), np.concatenate([_summary(v) for v in made]))
 
     def load(self) -> tuple[ridge.RidgeStats | None, int]:
         if self.path is None or not self.path.is_file():
             return None, 0
         with open_safetensors(self.path, "calibration state") as file:
             record = json.loads((file.metadata() or {}).get("record", "{}"))
-            names = sorted(file.keys())
-            arrays = [jnp.asarray(file.get_tensor(name)) for name in names]
-        if record.get("identity") != self.identity:
+            names = set(file.keys())
+            summary = file.get_tensor("summary") if "summary" in names else None
+            sums = sorted(names - {"summary"})
+            arrays = [jnp.asarray(file.get_tensor(name)) for name in sums]
+        if record.get("identity") != self.identity or not self._agrees(summary):
             raise ValueError(
                 "the calibration state must be of the same model, data and settings: "
                 f"remove it, or name another folder. Got {self.path} of others."
             )
         tree = jax.tree.structure(ridge.init(1, 1))
         return jax.tree.unflatten(tree, arrays), record["batches"]
+
+    def _agrees(self, summary: np.ndarray | None) -> bool:
+        """Up to the rounding of another processor, which a hash would not forgive."""
+        if summary is None or summary.shape != self.summary.shape:
+            return False
+        size = np.max(np.abs(self.summary), initial=0.0)
+        return bool(np.all(np.abs(summary - self.summary) <= 1e-3 * size))
 
     def save(self, stats: ridge.RidgeStats, batches: int) -> None:
         if self.path is None:
@@ -333,5 +351,6 @@ class _Store:
             f"{i:02}": np.asarray(leaf, order="C")
             for i, leaf in enumerate(jax.tree.leaves(stats))
         }
+        arrays["summary"] = self.summary
         record = json.dumps({"identity": self.identity, "batches": batches})
         write_atomic(self.path, save(arrays, {"record": record}))

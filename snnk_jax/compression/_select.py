@@ -177,18 +177,17 @@ def reduced_rank(
       moments: of the inputs and the targets.
       rank: of the map.
       targets: columns of the targets that are mapped to.
-      l2: penalty per unit of weight, added to G; None takes a small one.
+      l2: penalty per unit of weight, added to G; a small one at least.
 
     Raises:
-      ValueError: for inputs whose Gram matrix is singular, the penalty added.
+      ValueError: for inputs that are not finite or all constant.
 
     References:
       Izenman, "Reduced-rank regression for the multivariate linear model", 1975.
     """
     gram = symmetric(moments).gram
     penalty = _PENALTY * float(np.trace(gram)) / len(gram)
-    if l2 is not None:
-        penalty = l2 * moments.weight
+    penalty = max(penalty, (l2 or 0.0) * moments.weight)
     gram[np.diag_indices(len(gram))] += penalty
     factor, info = lapack.dpotrf(gram, lower=1)
     if info:

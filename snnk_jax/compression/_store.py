@@ -226,6 +226,13 @@ def _precision(precision: Any) -> Any:
         return [_precision(part) for part in precision]
     if precision is None or isinstance(precision, str):
         return precision
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return {"preset": precision.name}
+    if not isinstance(precision, jax.lax.Precision):
+        raise ValueError(
+            "precision must be a name, jax.lax.Precision or a DotAlgorithmPreset to be "
+            f"saved. Got {precision!r}."
+        )
     return precision.name.lower()
 
 
@@ -272,8 +279,11 @@ def _build(spec: dict[str, Any]) -> nnx.Module:
         raise ValueError(f"kinds must be among {list(kinds)}. Got {spec['kind']!r}.")
     parts = [_build(part) for part in spec.get("parts", ())]
     options = {k: v for k, v in spec.items() if k not in ("kind", "sizes", "parts")}
-    if isinstance(options.get("precision"), list):
-        options["precision"] = tuple(options["precision"])
+    precision = options.get("precision")
+    if isinstance(precision, list):
+        options["precision"] = tuple(precision)
+    if isinstance(precision, dict):
+        options["precision"] = jax.lax.DotAlgorithmPreset[precision["preset"]]
     return kinds[spec["kind"]](*spec.get("sizes", ()), *parts, **options)
 
 

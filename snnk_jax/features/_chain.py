@@ -94,14 +94,17 @@ class Chain(FeatureMap):
         return _join(fm.redraw(part, key, width) for fm, part, key, width in stages)
 
     def inner(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b n"]:
-        """The features that the last map is applied to."""
-        for fm, part in zip(self.maps[:-1], self._split(params), strict=False):
+        """The features that the last map is applied to, the last one of all."""
+        *first, last = self._split(params)
+        for fm, part in zip(self.maps, first, strict=False):
             x = fm.phi(part, x)
-        return x
+        return self.maps[-1].inner(last, x)
 
     def phi(self, params: Params, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         """Maps inputs to the features of the last map."""
-        return self.maps[-1].phi(self._split(params)[-1], self.inner(params, x))
+        for fm, part in zip(self.maps, self._split(params), strict=True):
+            x = fm.phi(part, x)
+        return x
 
     def psi(
         self,

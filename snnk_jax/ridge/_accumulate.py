@@ -87,12 +87,12 @@ def _identity(x: Any) -> Any:
 
 
 def _is_static(value: Any) -> bool:
-    """Whether it can be compared and is no number to differentiate or to change."""
+    """Whether it can be compared and holds no numbers to differentiate or to change."""
     try:
         hash(value)
     except TypeError:
         return False
-    numbers = (float, complex, np.generic)
+    numbers = (float, complex, np.generic, np.ndarray, jax.Array)
     return not any(isinstance(leaf, numbers) for leaf in jax.tree.leaves(value))
 
 

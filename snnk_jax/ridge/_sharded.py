@@ -16,7 +16,7 @@ from snnk_jax.ridge._accumulate import (
 )
 from snnk_jax.ridge._stats import RidgeStats, merge
 from snnk_jax.ridge._sums import Total, add_product
-from snnk_jax.ridge._update import check_chunks
+from snnk_jax.ridge._update import check_chunks, check_features
 from snnk_jax.typing import Array, Float
 
 
@@ -71,7 +71,7 @@ def update_sharded(
       >>> int(stats.rows)
       1000
     """
-    check_chunks(stats, x, y, weights, phi, chunk_size)
+    check_chunks(stats, x, y, weights, chunk_size)
     for axis in (data, features):
         if axis is not None and axis not in mesh.shape:
             raise ValueError(f"mesh must have an axis {axis!r}. Got {mesh.axis_names}.")
@@ -153,7 +153,10 @@ def _update_sharded(
         left = jax.lax.dynamic_slice_in_dim(left, start, kept, axis=1)
         return add_product(total, left, right, sign)
 
+    num_features = stats.num_features
+
     def local(stats: RidgeStats, x: Any, y: Any, weights: Any) -> RidgeStats:
+        check_features(phi, x, len(y), num_features)  # phi may name the axes
         shift = None, None
         if stats.phi_shift is not None:
             # The same for all: the mean of what each would take.

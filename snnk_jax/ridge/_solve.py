@@ -24,8 +24,6 @@ _EIGH_WIDTH = 4096
 # Condition numbers above which the rounding of sums shows in the coefficients, and the
 # relative size of that rounding.
 _LIMITS = {4: 1e4, 8: 1e12}
-# Condition number above which the leverages of a dual factor lose digits.
-_DUAL = 1e3
 # Least penalty that is tried, as a share of the norm of the Gram matrix.
 _LEAST = {4: 1e-7, 8: 1e-11}
 _ROUNDING = {4: 1e-7, 8: 1e-15}
@@ -415,7 +413,8 @@ def leave_one_out(
     residual = np.asarray(y, np.float64) - solution.y_mean - z @ solution.kernel64
     own = np.ones(len(z)) if weights is None else np.asarray(weights, np.float64)
     factor = solution.factor
-    if isinstance(factor, _factor.Dual) and factor.condition > _DUAL:
+    if isinstance(factor, _factor.Dual):
+        # Its leverages are differences of numbers as large as one over the penalty.
         factor = _factor.svd(factor.rows, factor.penalty)
     if (
         isinstance(factor, _factor.Eigen)
@@ -428,11 +427,12 @@ def leave_one_out(
     free = 1 - solution.leverage(phi, weights)
     lost = int(np.sum(free < 100 * solution.rounding))
     if lost:
+        exact = solution.rounding <= _ROUNDING[8]
+        advice = "Raise l2" if exact else "Raise l2, or take them from ridge.fit"
         warnings.warn(
             f"{lost} rows have a leverage within {100 * solution.rounding:.0e} of 1, "
             f"which a rounding of {solution.rounding:.0e} leaves few digits of: their "
-            "left-out residuals may be off by any factor. Raise l2, or take them from "
-            "ridge.fit.",
+            f"left-out residuals may be off by any factor. {advice}.",
             PrecisionWarning,
             stacklevel=2,
         )
@@ -563,7 +563,7 @@ def _host(value: Any) -> np.ndarray:
 def check_rows(rows: int, weight: float) -> None:
     """Raises ValueError unless statistics hold rows of some weight."""
     # What unlearning leaves of the weight of all rows is rounding.
-    if not (rows > 0 and weight > 0):
+    if rows == 0 or not weight > 0:  # the count wraps beyond 2^31
         raise ValueError(
             f"statistics must hold rows. Got {rows} of a weight of {weight}."
         )

@@ -117,7 +117,8 @@ def update_chunks(
       >>> int(stats.rows)
       1000
     """
-    check_chunks(stats, x, y, weights, phi, chunk_size)
+    check_chunks(stats, x, y, weights, chunk_size)
+    check_features(as_pytree(phi), x, len(y), stats.num_features)
     return accumulate(stats, x, y, weights, phi, chunk_size)
 
 
@@ -141,14 +142,15 @@ def downdate_chunks(
       >>> int(left.rows)
       15
     """
-    check_chunks(stats, x, y, weights, phi, chunk_size)
+    check_chunks(stats, x, y, weights, chunk_size)
+    check_features(as_pytree(phi), x, len(y), stats.num_features)
     return accumulate(stats, x, y, weights, phi, chunk_size, -1)
 
 
 def check_chunks(
-    stats: RidgeStats, x: Any, y: Any, weights: Any, phi: Map | None, chunk_size: int
+    stats: RidgeStats, x: Any, y: Any, weights: Any, chunk_size: int
 ) -> None:
-    """Raises ValueError for rows or features of them that do not fit."""
+    """Raises ValueError for rows that do not fit, whatever their features will be."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1. Got {chunk_size}.")
     shapes = [leaf.shape for leaf in jax.tree.leaves(x)]
@@ -157,10 +159,14 @@ def check_chunks(
             f"x and y must have the same number of rows. Got {shapes} and {y.shape}."
         )
     _check_targets(stats, y, weights)
-    features = jax.eval_shape(_features, as_pytree(phi), x)
-    if getattr(features, "shape", None) != (len(y), stats.num_features):
+
+
+def check_features(phi: Map, x: Any, rows: int, num_features: int) -> None:
+    """Raises ValueError unless ``phi`` makes as many features of as many rows."""
+    features = jax.eval_shape(_features, phi, x)
+    if getattr(features, "shape", None) != (rows, num_features):
         raise ValueError(
-            f"phi must map {len(y)} rows to [{len(y)}, {stats.num_features}]. "
+            f"phi must map {rows} rows to [{rows}, {num_features}]. "
             f"Got {getattr(features, 'shape', features)}."
         )
 

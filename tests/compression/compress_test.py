@@ -344,7 +344,26 @@ def test_magnitude_keeps_so_many_weights():
     assert kept + WIDTH + DIM == report.blocks[0].parameters
 
 
-@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGHEST])
+def test_kept_sums_forgive_rounding_and_nothing_else(tmp_path):
+    from snnk_jax.compression._gather import _Store, _summary
+
+    values = np.random.default_rng(0).normal(size=(50, 4))
+    store = _Store(tmp_path / "sums.safetensors", "identity", _summary(values))
+    stats = snnk.ridge.init(2, 1)
+    store.save(stats, 3)
+    noise = 1 + 1e-6 * np.random.default_rng(1).normal(size=values.shape)
+    other = dataclasses.replace(store, summary=_summary(values * noise))
+    assert other.load()[1] == 3
+    for changed in (values[::-1], 1.1 * values, values[:, :3]):
+        other = dataclasses.replace(store, summary=_summary(changed))
+        with pytest.raises(ValueError, match="same model, data and settings"):
+            other.load()
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["highest", jax.lax.Precision.HIGHEST, jax.lax.DotAlgorithmPreset.F32_F32_F32],
+)
 @pytest.mark.parametrize("method", [Magnitude(), Int8()])
 def test_precision_is_kept_in_models_and_files(method, precision, tmp_path):
     dense = Net(Residual, depth=1)
@@ -358,7 +377,10 @@ def test_precision_is_kept_in_models_and_files(method, precision, tmp_path):
     snnk.compression.save(file, small, dense)
     for model in (small, snnk.compression.load(file, dense)):
         for layer in (model.layers[0].ffn.up, model.layers[0].ffn.down):
-            assert jax.lax.Precision(layer.precision) == jax.lax.Precision.HIGHEST
+            if isinstance(precision, jax.lax.DotAlgorithmPreset):
+                assert layer.precision == precision
+            else:
+                assert jax.lax.Precision(layer.precision) == jax.lax.Precision.HIGHEST
 
 
 def test_inputs_that_are_all_the_same_have_no_map_of_low_rank():

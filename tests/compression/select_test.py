@@ -99,6 +99,10 @@ def test_the_map_of_full_rank_is_ridge_regression_at_its_penalty():
     a, b = reduced_rank(moments, 3, l2=0.5)
     gram = phi.T @ phi + 0.5 * len(y) * np.eye(8)
     np.testing.assert_allclose(a @ b, np.linalg.solve(gram, phi.T @ y), rtol=1e-6)
+    gram = moments.gram.copy()
+    gram[0], gram[:, 0] = 0.0, 0.0  # a constant input
+    constant = Moments(**{**vars(moments), "gram": gram})
+    assert np.isfinite(reduced_rank(constant, 3, l2=0.0)[0]).all()
     nothing = Moments(**{**vars(moments), "gram": np.zeros((8, 8))})
     with pytest.raises(ValueError, match="inputs must be finite, and vary"):
         reduced_rank(nothing, 3)

@@ -69,6 +69,16 @@ def test_a_chain_of_chains_is_the_long_chain():
     }
     long = Chain((FIRST, FIRST, SECOND))
     np.testing.assert_array_equal(chain.phi(params, x), long.phi(flat, x))
+    # The weights are over the features before the last map of all.
+    last = Chain((FIRST, Chain((FIRST, SECOND))))
+    params = last.init(jax.random.key(0), DIM)
+    kernel = jnp.ones((FIRST.num_features, 2))
+    np.testing.assert_allclose(
+        snnk.snnk_dense(last, params, x, kernel),
+        SECOND.phi(part(part(params, 1), 1), last.inner(params, x))
+        @ last.psi(params, kernel),
+        rtol=1e-5,
+    )
 
 
 def test_maps_draw_from_keys_of_their_own():

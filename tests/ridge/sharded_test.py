@@ -95,6 +95,15 @@ def test_one_reduction_and_no_gather(make_problem):
     assert text.count(" all-reduce(") <= 2, "combined: floats, and the rows"
 
 
+def test_a_map_may_use_the_axes_of_the_mesh():
+    x, y = jnp.ones((8, 3)), jnp.ones((8, 1))
+    phi = lambda z: z * (1.0 + jax.lax.axis_index("data").astype(z.dtype))  # noqa: E731
+    stats = ridge.update_sharded(
+        ridge.init(3, 1, shift=False), x, y, mesh=make_mesh(2, 4), phi=phi
+    )
+    np.testing.assert_allclose(stats.phi_sum.high, 4 * 1 + 4 * 2)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -102,7 +111,7 @@ def test_one_reduction_and_no_gather(make_problem):
         ({"features": "columns"}, "mesh must have an axis 'columns'"),
         ({"features": "model"}, "divisible by the 4 devices of the axis 'model'. Got"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"phi": jnp.transpose}, r"phi must map 8 rows to \[8, 3\]. Got \(3, 8\)"),
+        ({"phi": jnp.transpose}, r"phi must map 4 rows to \[4, 3\]. Got \(3, 4\)"),
     ],
     ids=["rows", "columns", "model", "chunk", "phi"],
 )

@@ -211,19 +211,23 @@ def test_left_out_residuals_are_those_of_refits(make_problem, how):
 
 
 @pytest.mark.parametrize("l2", [1e-2, 1e-6, 1e-8, 1e-10, 1e-14, 0.0])
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(
+    ("weighted", "intercept"), [(True, True), (False, True), (False, False)]
+)
 def test_left_out_residuals_keep_their_digits_without_a_penalty(
-    make_problem, l2, weighted
+    make_problem, l2, weighted, intercept
 ):
     problem = make_problem(n=30, m=60)
     weights = problem.weights if weighted else np.ones(30, np.float32)
     weights[3] = 0  # was not seen
-    rows = centred_rows(problem.phi, problem.y, weights, True)
-    spectrum = RowSpectrum.of(rows.phi, rows.y, True, rows.shares)
+    rows = centred_rows(problem.phi, problem.y, weights, intercept)
+    spectrum = RowSpectrum.of(rows.phi, rows.y, intercept, rows.shares)
     seen = weights > 0
     expected = spectrum.left_out(l2 * rows.moments.weight)
     expected /= np.sqrt(weights[seen].astype(float))[:, None]
-    solution = ridge.fit(*jnp_rows(problem), l2, jnp.asarray(weights))
+    solution = ridge.fit(
+        *jnp_rows(problem), l2, jnp.asarray(weights), intercept=intercept
+    )
     found = ridge.leave_one_out(solution, *jnp_rows(problem), jnp.asarray(weights))
     np.testing.assert_allclose(found[seen], expected, rtol=1e-5)
     plain = problem.y[3] - np.asarray(solution(jnp.asarray(problem.phi[3:4])))[0]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import snnk_jax as snnk
 from snnk_jax import ridge
@@ -183,6 +184,21 @@ def test_keywords_that_are_no_arrays_are_compiled_in(make_problem):
         stats = ridge.update_chunks(ridge.init(4, 3), x, y, phi=bound)
         expected = 0.5 * jnp.cumsum(x, axis=1)
         assert_same(stats, ridge.update(ridge.init(4, 3), expected, y))
+
+
+def test_arrays_of_a_module_in_a_keyword_are_read_anew(make_problem):
+    problem = make_problem(n=50, m=4)
+    x, y = jnp.asarray(problem.phi), jnp.asarray(problem.y)
+    model = nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(0))
+
+    def phi(x, *, model):
+        return x @ model.kernel[...]
+
+    for scale in (1.0, 5.0):
+        model.kernel[...] = scale * jnp.eye(4)
+        bound = functools.partial(phi, model=model)
+        stats = ridge.update_chunks(ridge.init(4, 3), x, y, phi=bound)
+        assert_same(stats, ridge.update(ridge.init(4, 3), scale * x, y))
 
 
 def test_merge_is_the_union_in_any_order(make_problem):
