@@ -34,6 +34,10 @@ def check_finite(values: Array | np.ndarray, what: str) -> None:
 
 def thinned(values: Array, count: int, axis: int = 0) -> Array:
     """At most ``count`` of the rows or columns, evenly spread."""
-    length = values.shape[axis]
+    return jnp.take(values, evenly(values.shape[axis], count), axis=axis)
+
+
+def evenly(length: int, count: int) -> np.ndarray:
+    """At most ``count`` indices below ``length``, evenly spread."""
     count = min(length, count)
-    return jnp.take(values, np.arange(count) * length // count, axis=axis)
+    return np.arange(count) * length // count

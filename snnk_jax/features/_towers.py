@@ -405,24 +405,23 @@ class TowerFeatures(FeatureMap):
         target = self.row(product(x, wide) + shift[None, :])
         columns = self._random_columns(params, x, layout)
         edges = np.cumsum((0, *layout.counts))
-        parts = [
-            sum(
-                product(column[:, lo:hi], block[lo:hi])
-                for column, block in zip(columns, blocks, strict=True)
-            )
-            for lo, hi in itertools.pairwise(edges)
-        ]
-        monomials = _exact_columns(x, self._carried_degree)
+        parts = jnp.stack(
+            [
+                sum(
+                    product(column[:, lo:hi], block[lo:hi])
+                    for column, block in zip(columns, blocks, strict=True)
+                )
+                for lo, hi in itertools.pairwise(edges)
+            ]
+        )
+        monomials = jnp.concatenate(_exact_columns(x, self._carried_degree), axis=-1)
         best, least = [], None
         for rows in exact:
             rest = target
             if rows:
-                carried = jnp.concatenate(monomials, axis=-1), jnp.concatenate(rows)
-                rest = target - product(*carried)
+                rest = target - product(monomials, jnp.concatenate(rows))
             # Chosen once, like a hyperparameter: no gradient through the choice.
-            factors, error = jax.lax.stop_gradient(
-                _shrinkage_factors(jnp.stack(parts), rest)
-            )
+            factors, error = jax.lax.stop_gradient(_shrinkage_factors(parts, rest))
             factors = jnp.repeat(factors, np.array(layout.counts), axis=0)
             random = [jnp.where(factors > 0, factors * block, 0) for block in blocks]
             if least is None:

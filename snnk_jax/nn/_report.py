@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from snnk_jax._samples import thinned
+from snnk_jax._samples import evenly
 from snnk_jax.activations import Activation
 from snnk_jax.activations import get as get_activation
 from snnk_jax.diagnostics import LayerReport, layer_report
@@ -114,7 +114,8 @@ class _Samples:
 
     def thinned(self, count: int) -> np.ndarray:
         """At most ``count`` of them, evenly spread."""
-        return np.asarray(thinned(jnp.asarray(np.concatenate(self.calls)), count))
+        rows = np.concatenate(self.calls)
+        return rows[evenly(len(rows), count)]
 
 
 class _Recorder(nnx.Module):
