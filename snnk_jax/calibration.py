@@ -12,6 +12,7 @@ from snnk_jax.features._exponential import Exponential
 from snnk_jax.features._towers import NUM_REFERENCES, TowerFeatures
 from snnk_jax.ops import snnk_dense
 from snnk_jax.ridge._rows import RowSpectrum
+from snnk_jax.ridge._stats import check_floating
 from snnk_jax.typing import Array, Float, Params
 
 # Rows on which candidates are compared.
@@ -343,10 +344,7 @@ def fit_linear(
         )
     if l2 is not None and not 0 <= l2 < np.inf:
         raise ValueError(f"l2 must be None, or at least 0 and finite. Got {l2}.")
-    if not jnp.issubdtype(targets.dtype, jnp.floating):
-        raise ValueError(
-            f"targets must be floating; one-hot encode classes. Got {targets.dtype}."
-        )
+    check_floating(targets, "targets")
     check_finite(phi, "features")
     check_finite(targets, "targets")
     y = np.asarray(targets, np.float64)

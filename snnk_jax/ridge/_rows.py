@@ -5,7 +5,6 @@ import functools
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from snnk_jax.ridge import _factor
@@ -17,6 +16,7 @@ from snnk_jax.ridge._solve import (
     check_l2,
     make_solution,
 )
+from snnk_jax.ridge._stats import check_floating
 from snnk_jax.typing import Array, Float
 
 
@@ -107,10 +107,7 @@ def centred_rows(phi, y, weights, intercept: bool) -> Rows:
             "phi must be [n, m] and y [n, o] with the same n. "
             f"Got {phi.shape} and {y.shape}."
         )
-    if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise ValueError(
-            f"y must be floating; one-hot encode classes. Got {y.dtype.name}."
-        )
+    check_floating(y)
     if weights is not None and weights.shape != y.shape[:1]:
         raise ValueError(f"weights must be [{len(y)}], one a row. Got {weights.shape}.")
     z, t = np.array(phi, np.float64), np.array(y, np.float64)

@@ -165,3 +165,11 @@ def shifts(stats: RidgeStats) -> tuple[Any, Any]:
     if stats.phi_shift is None:
         return jnp.zeros_like(stats.phi_sum.high), jnp.zeros_like(stats.y_sum.high)
     return stats.phi_shift, stats.y_shift
+
+
+def check_floating(y: Any, name: str = "y") -> None:
+    """Raises ValueError for targets that are whole numbers: their sums would round."""
+    if not jnp.issubdtype(y.dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be floating; one-hot encode classes. Got {y.dtype.name}."
+        )

@@ -3,10 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from snnk_jax.ridge._accumulate import Map, accumulate, as_pytree
-from snnk_jax.ridge._stats import RidgeStats
+from snnk_jax.ridge._stats import RidgeStats, check_floating
 from snnk_jax.typing import Array, Float
 
 
@@ -195,9 +194,6 @@ def _check_targets(stats: RidgeStats, y: Any, weights: Any) -> None:
         raise ValueError(
             f"y must be [n, {stats.num_targets}] with n at least 1. Got {y.shape}."
         )
-    if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise ValueError(
-            f"y must be floating; one-hot encode classes. Got {y.dtype.name}."
-        )
+    check_floating(y)
     if weights is not None and weights.shape != y.shape[:1]:
         raise ValueError(f"weights must be [{len(y)}], one a row. Got {weights.shape}.")
