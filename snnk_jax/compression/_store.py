@@ -283,7 +283,13 @@ def _build(spec: dict[str, Any]) -> nnx.Module:
     if isinstance(precision, list):
         options["precision"] = tuple(precision)
     if isinstance(precision, dict):
-        options["precision"] = jax.lax.DotAlgorithmPreset[precision["preset"]]
+        presets = jax.lax.DotAlgorithmPreset.__members__
+        if precision["preset"] not in presets:
+            raise ValueError(
+                "the file must name a DotAlgorithmPreset of this JAX, one of "
+                f"{', '.join(presets)}. Got {precision['preset']!r}."
+            )
+        options["precision"] = presets[precision["preset"]]
     return kinds[spec["kind"]](*spec.get("sizes", ()), *parts, **options)
 
 

@@ -221,14 +221,18 @@ class FanOut(Layer):
       num: how many copies.
 
     Raises:
-      ValueError: for a number below 1.
+      ValueError: for anything but a whole number of at least 1.
     """
 
     num: int
 
     def __post_init__(self):
-        if self.num < 1:
-            raise ValueError(f"num must be at least 1. Got {self.num}.")
+        num = _integers((self.num,))
+        if not num or num[0] < 1:
+            raise ValueError(
+                f"num must be a whole number of at least 1. Got {self.num}."
+            )
+        object.__setattr__(self, "num", num[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -383,6 +383,20 @@ def test_precision_is_kept_in_models_and_files(method, precision, tmp_path):
                 assert jax.lax.Precision(layer.precision) == jax.lax.Precision.HIGHEST
 
 
+def test_a_precision_that_this_jax_lacks_is_refused(tmp_path):
+    from snnk_jax._files import read_record, write_record
+
+    file, dense = tmp_path / "small.safetensors", Net(Residual, depth=1)
+    small, _ = snnk.compress(dense, batches(1), PRE, budget=0.5, metric="plain")
+    snnk.compression.save(file, small, dense)
+    record, arrays = read_record(file, "", "", "snnk_jax.compressed.1")
+    for spec in record["modules"].values():
+        spec["precision"] = {"preset": "F1_F1_F1"}
+    write_record(file, record, arrays)
+    with pytest.raises(ValueError, match="Preset of this JAX.*Got 'F1_F1_F1'"):
+        snnk.compression.load(file, dense)
+
+
 def test_inputs_that_are_all_the_same_have_no_map_of_low_rank():
     model = Net(Residual, depth=1)
     zeros = [jnp.zeros_like(batches(1)[0])]

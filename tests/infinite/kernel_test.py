@@ -370,8 +370,9 @@ def test_wrong_layers_are_refused():
         infinite.Conv((3, 3), (1,))
     with pytest.raises(ValueError, match="padding must be one of SAME, VALID, CIRC"):
         infinite.AvgPool((2, 2), padding="FULL")
-    with pytest.raises(ValueError, match="num must be at least 1. Got 0"):
-        infinite.FanOut(0)
+    for bad in (0, 2.7, "2"):
+        with pytest.raises(ValueError, match=f"num must be a whole .* Got {bad}"):
+            infinite.FanOut(bad)
     with pytest.raises(ValueError, match="layers must be at least one layer"):
         infinite.serial()
     with pytest.raises(ValueError, match="layers must be layers of snnk_jax.infinite"):
