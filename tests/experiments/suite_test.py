@@ -103,6 +103,7 @@ def test_the_recipes_are_sound(arg):
             assert names.index(config.tasks[name].rates_of) <= names.index(name)
     if "reduced" in arg:
         assert (config.data.train_size, config.together) == (2000, 1)
+        assert set(config.methods) < set(config.optim.learning_rates)
 
 
 @pytest.mark.slow
