@@ -90,6 +90,17 @@ def open_safetensors(path: str | os.PathLike[str], what: str) -> Iterator[Any]:
         ) from error
 
 
+def check_metadata(metadata: Any) -> None:
+    """Raises ValueError for anything but strings by strings, or None."""
+    strings = isinstance(metadata, dict) and all(
+        isinstance(part, str) for item in metadata.items() for part in item
+    )
+    if metadata is not None and not strings:
+        raise ValueError(
+            f"metadata must be a dict of strings by strings. Got {metadata!r}."
+        )
+
+
 def write_record(
     path: str | os.PathLike[str], record: dict[str, Any], arrays: dict[str, np.ndarray]
 ) -> int:

@@ -1,11 +1,12 @@
 """Model surgery by declared rules, on a clone."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
+
+from snnk_jax._arguments import check_pattern
 
 Path = tuple[Any, ...]
 
@@ -23,7 +24,8 @@ class SwapRule:
         leaves the first six as they are.
 
     Raises:
-      ValueError: if the path is not a regular expression or build not callable.
+      ValueError: if the path is not a regular expression, build not callable or where
+        no slice.
 
     Example:
       >>> import snnk_jax as snnk
@@ -42,14 +44,14 @@ class SwapRule:
     where: slice | None = None
 
     def __post_init__(self):
-        try:
-            re.compile(self.path)
-        except re.error as error:
-            raise ValueError(
-                f"path must be a regular expression. Got {self.path!r}: {error}."
-            ) from error
+        check_pattern("path", self.path)
         if not callable(self.build):
             raise ValueError(f"build must be callable. Got {self.build!r}.")
+        if self.where is not None and not isinstance(self.where, slice):
+            raise ValueError(
+                "where must be None or a slice of the matches, such as slice(2, 3). "
+                f"Got {self.where!r}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,9 @@ def find_modules(model: nnx.Module, path: str = ".*") -> dict[str, nnx.Module]:
       model: any NNX model.
       path: regular expression for the whole path; the root has the empty path.
 
+    Raises:
+      ValueError: if it is none.
+
     Example:
       >>> import snnk_jax as snnk
       >>> from flax import nnx
@@ -86,9 +91,10 @@ def find_modules(model: nnx.Module, path: str = ".*") -> dict[str, nnx.Module]:
       ['layers/0']
     """
     found: dict[Path, nnx.Module] = {}
+    pattern = check_pattern("path", path)
 
     def visit(parts: Path, node: Any) -> Any:
-        if isinstance(node, nnx.Module) and re.fullmatch(path, path_name(parts)):
+        if isinstance(node, nnx.Module) and pattern.fullmatch(path_name(parts)):
             found[parts] = node
         return node
 
@@ -114,7 +120,7 @@ def swap_modules(
 
     Raises:
       ValueError: if a rule replaces nothing; the paths that exist are listed. Also if
-        a rule claims a module inside another claimed one.
+        a rule claims a module inside another claimed one, or builds no module.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,13 +139,17 @@ def swap_modules(
       >>> bool((adapted(x) == model(x)).all())  # the identity at the start
       True
     """
+    if isinstance(rules, SwapRule) or not all(isinstance(r, SwapRule) for r in rules):
+        raise ValueError(f"rules must be a list of SwapRule. Got {rules!r}.")
     claims: dict[str, SwapRule] = {}
     matched: dict[str, tuple[str, ...]] = {}
     unused = []
     for rule in rules:
         names = [name for name in find_modules(model, rule.path) if name]
         chosen = [
-            name for name in names[rule.where or slice(None)] if name not in claims
+            name
+            for name in names[slice(None) if rule.where is None else rule.where]
+            if name not in claims
         ]
         claims |= dict.fromkeys(chosen, rule)
         matched[rule.path] = matched.get(rule.path, ()) + tuple(chosen)
@@ -165,6 +175,11 @@ def swap_modules(
         for name, module in find_modules(clone).items()
         if name in claims
     }
+    for name, module in built.items():
+        if not isinstance(module, nnx.Module):
+            raise ValueError(
+                f"build must return an nnx.Module for {name}. Got {module!r}."
+            )
 
     def replace(parts: Path, node: Any) -> Any:
         return built.get(path_name(parts), node)

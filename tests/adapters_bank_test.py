@@ -168,3 +168,53 @@ def test_the_head_may_have_another_name(tmp_path):
     np.testing.assert_array_equal(
         call(other.load("a", tmp_path / "a"), X), call(model, X)
     )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"features": snnk.features.URF(activation="cos", num_features=8)},
+        {"normalize": False},
+        {"standardize": True},
+        {"parallel": True},
+    ],
+)
+def test_an_adapter_of_other_settings_is_no_replacement(bank, changed):
+    def other(module, rngs):
+        options = {"features": FM} | changed
+        parallel = options.pop("parallel", False)
+        adapter = snnk.nn.SNNKAdapter(8, rngs=rngs, **options)
+        return snnk.nn.Adapted(module, adapter, parallel=parallel)
+
+    rules = [snnk.SwapRule(path="body", build=other)]
+    model, _ = snnk.swap_modules(bank.base, rules, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="model must have the adapters of 'a'. Got"):
+        bank.replace("a", model)
+
+
+def test_a_replacement_shares_the_arrays_of_the_base(bank):
+    graphdef, state = nnx.split(bank["a"])
+    model = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
+    assert model.body.base_module.kernel[...] is not bank.base.body.kernel[...]
+    bank.replace("a", model)
+    assert bank["a"].body.base_module.kernel[...] is bank.base.body.kernel[...]
+    np.testing.assert_array_equal(call(bank["a"], X), call(model, X))
+
+
+def test_a_file_that_the_bank_could_not_write_is_refused(tmp_path):
+    base, pattern = Model(nnx.Rngs(0)), "head/.*|(.*/)?bias"
+    model = nnx.clone(base)
+    model.body.bias[...] += 1.0
+    snnk.adapters.save_adapter(
+        tmp_path / "bitfit",
+        model,
+        base_fingerprint=snnk.adapters.fingerprint(base, exclude=pattern),
+        exclude=pattern,
+    )
+    with pytest.raises(ValueError, match="an exclude that covers all .*'head/"):
+        AdapterBank(base).load("bitfit", tmp_path / "bitfit")
+    bank = AdapterBank(base, exclude=pattern)
+    bank.load("bitfit", tmp_path / "bitfit")
+    bank.replace("bitfit", bank["bitfit"])
+    bank.save("bitfit", tmp_path / "again")

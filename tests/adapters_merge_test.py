@@ -166,3 +166,28 @@ def test_what_computes_something_else_is_refused():
     )
     with pytest.raises(ValueError, match="and no others. Got"):
         adapters.merge_adapters(nnx.Sequential(around))
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_a_small_change_merges_where_only_the_computation_is_narrow(kind):
+    """Parameters in float32, products in bfloat16: the merge itself rounds nothing."""
+    linear = nnx.Linear(64, 64, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    adapter = BUILDS[kind](linear, nnx.Rngs(1))
+    graphdef, params, rest = nnx.split(adapter, AdapterParam, ...)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: p + jnp.asarray(1e-3 * rng.normal(size=p.shape), p.dtype), params
+    )
+    model = nnx.Sequential(nnx.merge(graphdef, params, rest))
+    assert adapters.merge_adapters(model)[1].max_error < 1e-5
+
+
+def test_a_change_is_added_before_it_is_rounded():
+    linear = nnx.Linear(6, 8, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    adapter = BUILDS["lora"](linear, nnx.Rngs(1))
+    adapter.lora_b[...] = jax.random.normal(jax.random.key(0), (2, 8))
+    merged = adapters.merge_adapters(nnx.Sequential(adapter))[0].layers[0]
+    change = np.float64(adapter.lora_a[...]) @ np.float64(adapter.lora_b[...])
+    exact = np.float64(linear.kernel[...]) + change
+    expected = jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(merged.kernel[...], expected)

@@ -510,9 +510,9 @@ def test_lora_that_would_not_be_saved_is_refused(tmp_path):
     base, model = small(build)
     with pytest.raises(ValueError, match="LoRA without lora_param_type"):
         save(tmp_path / "a", base, model, exclude="classifier/.*")
-    # Where the fingerprint does not cover what was trained.
-    with pytest.raises(ValueError, match=r"LoRA must be made with .*fc/lora_a"):
-        save(tmp_path / "a", base, model, trained="fc/bias|head/.*")
+    # Where the fingerprint covers what was trained, there is nothing to compare with.
+    with pytest.raises(ValueError, match=r"exclude must match all .*without .'fc/"):
+        save(tmp_path / "a", base, model, trained="fc/.*bias|head/.*")
 
 
 @pytest.mark.parametrize(
@@ -676,3 +676,100 @@ def test_a_head_that_was_trained_alone_is_saved_alone(tmp_path):
     np.testing.assert_array_equal(
         call(loaded, ROWS), call(head.classifier, call(base.fc, ROWS))
     )
+
+
+class Gated(Adapted):
+    """A wrapper of one's own: what is saved as Adapted would be another function."""
+
+    def __call__(self, x):
+        return self.base_module(x) + 0.1 * (super().__call__(x) - self.base_module(x))
+
+
+def test_a_wrapper_of_ones_own_is_not_rebuilt_as_another(tmp_path):
+    def build(module, rngs):
+        return Gated(module, snnk.nn.SNNKAdapter(8, features=ARC, rngs=rngs))
+
+    base, model = small(build, train_head=False)
+    save(tmp_path / "a", base, model)
+    with pytest.raises(ValueError, match="Got missing|must have a projection at"):
+        adapters.load_adapter(tmp_path / "a", base)
+    loaded = adapters.load_adapter(tmp_path / "a", model)
+    np.testing.assert_array_equal(call(loaded, ROWS), call(model, ROWS))
+
+
+def test_a_map_of_ones_own_is_not_rebuilt_as_its_namesake(tmp_path):
+    class ArcCosine(snnk.features.ArcCosine):
+        def phi(self, params, x):
+            return 2 * super().phi(params, x)
+
+    fm = ArcCosine(num_features=8)
+    assert fm != ARC
+    base, model = small(
+        lambda m, rngs: Adapted(m, snnk.nn.SNNKAdapter(8, features=fm, rngs=rngs)),
+        train_head=False,
+    )
+    save(tmp_path / "a", base, model)
+    with pytest.raises(ValueError, match="features must be a known .*ArcCosine'"):
+        adapters.load_adapter(tmp_path / "a", base)
+    np.testing.assert_array_equal(
+        call(adapters.load_adapter(tmp_path / "a", model), ROWS), call(model, ROWS)
+    )
+
+
+def test_what_is_trained_must_be_out_of_the_fingerprint(tmp_path):
+    """Or nothing says whether something else was trained and would be lost."""
+    base, model = Small(), Small()
+    model.fc.bias[...] = jnp.ones(8)
+    model.classifier.kernel[...] += 1
+    with pytest.raises(ValueError, match=r"exclude must match all .*'fc/bias'"):
+        save(tmp_path / "a", base, model, trained="fc/bias")
+    with pytest.raises(ValueError, match="model must have the parameters of the base"):
+        save(tmp_path / "a", base, model, exclude="fc/bias")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_no_file_could_hold_is_refused_before_it_is_written(tmp_path):
+    base, model = small(arc_build, train_head=False)
+    mark = adapters.fingerprint(base)
+    for metadata in ("my run", ["a"], {"lr": np.float32(1e-3)}, {1: "a"}):
+        with pytest.raises(ValueError, match="metadata must be a dict of strings"):
+            save(tmp_path / "a", base, model, metadata=metadata)
+    with pytest.raises(ValueError, match="base_fingerprint must be what .* Got 'junk'"):
+        adapters.save_adapter(tmp_path / "a", model, base_fingerprint="junk")
+    for options in ({"exclude": "("}, {"trained": "("}):
+        with pytest.raises(ValueError, match=r"must be a regular expression. Got '\('"):
+            adapters.save_adapter(
+                tmp_path / "a", model, base_fingerprint=mark, **options
+            )
+    with pytest.raises(ValueError, match=r"exclude must be a regular .* Got '\('"):
+        adapters.fingerprint(base, exclude="(")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["snnk_relu", "bottleneck", "lora", "dora", "vera"])
+def test_loaded_adapters_run_the_program_of_those_they_were_saved_from(name, tmp_path):
+    base = make_base()
+    model, _ = snnk.swap_modules(base, RULES[name], rngs=nnx.Rngs(1))
+    mark = adapters.fingerprint(base)
+    adapters.save_adapter(tmp_path / "a", model, base_fingerprint=mark)
+    loaded = adapters.load_adapter(tmp_path / "a", base)
+    assert nnx.split(loaded)[0] == nnx.split(model)[0]
+
+
+def test_the_plain_model_of_a_loaded_task_can_be_saved(tmp_path):
+    """A file brings a head of its own size, of which the config does not know."""
+    from snnk_jax.models.vit_params import load_vit, save_vit
+
+    three, five = make_base(), make_base(num_classes=5)
+    model, _ = snnk.swap_modules(three, RULES["lora"], rngs=nnx.Rngs(1))
+    mark = adapters.fingerprint(three)
+    adapters.save_adapter(tmp_path / "a", model, base_fingerprint=mark)
+    loaded = adapters.load_adapter(tmp_path / "a", five)
+    with pytest.raises(ValueError, match="parameters of a plain ViT: merge or remove"):
+        save_vit(tmp_path / "vit.safetensors", loaded)
+    for query in (block.attention.query for block in loaded.blocks):
+        query.lora_b[...] += 1.0
+    for value in (block.attention.value for block in loaded.blocks):
+        value.lora_b[...] += 1.0
+    save_vit(tmp_path / "vit.safetensors", adapters.merge_adapters(loaded)[0])
+    assert load_vit(tmp_path / "vit.safetensors").head.out_features == 3

@@ -130,3 +130,24 @@ def test_a_second_rule_of_the_same_path_is_unused(vit):
     rules = [snnk.SwapRule(path=r"blocks/0/mlp", build=wrap) for _ in range(2)]
     with pytest.raises(ValueError, match=r"none before it does. Got unused \['blocks"):
         snnk.swap_modules(vit, rules, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_rules_that_could_not_work_are_refused(vit):
+    for where in (0, 2, [0]):
+        with pytest.raises(ValueError, match="where must be None or a slice .* Got"):
+            snnk.SwapRule(path=".*/mlp", build=wrap, where=where)
+    with pytest.raises(ValueError, match="path must be a regular expression. Got 3"):
+        snnk.SwapRule(path=3, build=wrap)
+    with pytest.raises(
+        ValueError, match=r"path must be a regular expression. Got '\('"
+    ):
+        snnk.find_modules(vit, "(")
+    rule = snnk.SwapRule(path="blocks/3/mlp", build=lambda module, rngs: None)
+    with pytest.raises(
+        ValueError, match="return an nnx.Module for blocks/3/mlp. Got N"
+    ):
+        snnk.swap_modules(vit, [rule], rngs=nnx.Rngs(0))
+    for rules in (rule, ["blocks/3/mlp"]):
+        with pytest.raises(ValueError, match="rules must be a list of SwapRule. Got"):
+            snnk.swap_modules(vit, rules, rngs=nnx.Rngs(0))

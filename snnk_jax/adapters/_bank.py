@@ -1,14 +1,17 @@
 """Several adapters of one base model."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from snnk_jax.adapters._fingerprint import fingerprint
-from snnk_jax.adapters._store import load_adapter, save_adapter
+from snnk_jax._arguments import check_pattern
+from snnk_jax.adapters._fingerprint import FOREIGN, base_name, fingerprint, held
+from snnk_jax.adapters._store import describe_modules, load_adapter, save_adapter
 from snnk_jax.nn import AdapterParam
 from snnk_jax.surgery import SwapRule, path_name, swap_modules
 
@@ -24,6 +27,9 @@ class AdapterBank:
       base_model: the plain base model; left as it is.
       exclude: regular expression of the parameters that belong to the task (the head)
         and not to the base, for :func:`fingerprint`.
+
+    Raises:
+      ValueError: if the model has adapters, or ``exclude`` is no regular expression.
 
     Example:
       >>> import snnk_jax as snnk
@@ -42,6 +48,7 @@ class AdapterBank:
     """
 
     def __init__(self, base_model: nnx.Module, *, exclude: str = "head/.*"):
+        check_pattern("exclude", exclude)
         if jax.tree.leaves(nnx.state(base_model, AdapterParam)):
             raise ValueError("base_model must have no adapters. Got one that has.")
         self._base = base_model
@@ -79,16 +86,20 @@ class AdapterBank:
         return self._models[name]
 
     def replace(self, name: str, model: nnx.Module) -> None:
-        """Keeps a model that was trained as one of the bank.
+        """Keeps a clone of a model that was trained as one of the bank.
+
+        It holds the arrays of the bank's base, whatever copies the model has.
 
         Raises:
           ValueError: if there is no such adapter, the model has other adapters, or
             other parameters than adapters and head were trained.
         """
         self._check_known(name)
-        kept, given = (_adapter_shapes(m) for m in (self._models[name], model))
-        if kept != given:
-            different = sorted({path for path, _ in kept.items() ^ given.items()})
+        kept, given = (_adapters(m) for m in (self._models[name], model))
+        different = sorted(
+            path for path in kept | given if kept.get(path) != given.get(path)
+        )
+        if different:
             raise ValueError(
                 f"model must have the adapters of {name!r}. Got others at {different}."
             )
@@ -98,7 +109,16 @@ class AdapterBank:
                 f"model must have the base's parameters, fingerprint "
                 f"{self._fingerprint}. Got {found}."
             )
-        self._models[name] = model
+        base = {path: variable[...] for path, variable in held(self._base)}
+        graphdef, state = nnx.split(model)
+        flat = []
+        for parts, variable in nnx.to_flat_state(state):
+            path = base_name(path_name(parts))
+            own = not isinstance(variable, FOREIGN) and path in base
+            if own and not re.fullmatch(self._exclude, path):
+                variable = variable.replace(base[path])
+            flat.append((parts, variable))
+        self._models[name] = nnx.merge(graphdef, nnx.from_flat_state(flat))
 
     def remove(self, name: str) -> None:
         """Forgets an adapter.
@@ -123,11 +143,18 @@ class AdapterBank:
         """Adds an adapter from a file, and returns its model; see :func:`load_adapter`.
 
         Raises:
-          ValueError: if there is one of that name, or the file is of another base.
+          ValueError: if there is one of that name, the file is of another base, or
+            holds more than adapters and what the bank excludes.
         """
         self._check_new(name)
-        self._models[name] = load_adapter(path, self._base)
-        return self._models[name]
+        model = load_adapter(path, self._base)
+        if fingerprint(model, exclude=self._exclude) != self._fingerprint:
+            raise ValueError(
+                "the bank must be made with an exclude that covers all the file holds "
+                f"besides adapters. Got {self._exclude!r} for {path}."
+            )
+        self._models[name] = model
+        return model
 
     def _check_known(self, name: str) -> None:
         if name not in self._models:
@@ -142,6 +169,11 @@ class AdapterBank:
             )
 
 
-def _adapter_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+def _adapters(model: nnx.Module) -> dict[str, Any]:
+    """What adapters there are: their settings, and the shapes of what they train."""
     flat = nnx.to_flat_state(nnx.state(model, AdapterParam))
-    return {path_name(path): variable.shape for path, variable in flat}
+    shapes = {path_name(p): (v.shape, jnp.dtype(v.dtype).name) for p, v in flat}
+    settings: dict[str, list[Any]] = {}
+    for spec in describe_modules(model):
+        settings.setdefault(spec["at"], []).append(spec)
+    return shapes | settings

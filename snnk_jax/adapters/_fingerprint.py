@@ -1,7 +1,6 @@
 """What a base model is, in one hash."""
 
 import hashlib
-import re
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from snnk_jax._arguments import check_pattern
 from snnk_jax._files import hash_array
 from snnk_jax.nn import AdapterParam, InputStatistic, RandomProjection
 from snnk_jax.surgery import path_name
@@ -26,7 +26,8 @@ def fingerprint(model: nnx.Module, *, exclude: str = "head/.*") -> str:
     parameters, random projections, random streams, caches and what ``exclude`` matches
     are left out, and a wrapper's ``base_module`` does not show in the names: a base
     model and its adapted clone have the same fingerprint as long as only adapters and
-    head train.
+    head train. What is no array does not count: two models of the same weights that
+    differ in an activation, the number of heads or an epsilon have one fingerprint.
 
     Args:
       model: any NNX model.
@@ -34,7 +35,8 @@ def fingerprint(model: nnx.Module, *, exclude: str = "head/.*") -> str:
         leaves out the head, which belongs to the task.
 
     Raises:
-      ValueError: if two arrays have one name but for ``base_module``.
+      ValueError: if two arrays have one name but for ``base_module``, or ``exclude`` is
+        no regular expression.
 
     Example:
       >>> import snnk_jax as snnk
@@ -42,11 +44,12 @@ def fingerprint(model: nnx.Module, *, exclude: str = "head/.*") -> str:
       >>> len(snnk.adapters.fingerprint(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
       64
     """
+    pattern = check_pattern("exclude", exclude)
     sha = hashlib.sha256()
     rows = {}
     for path, variable in held(model):
         name = base_name(path)
-        if isinstance(variable, FOREIGN) or re.fullmatch(exclude, name):
+        if isinstance(variable, FOREIGN) or pattern.fullmatch(name):
             continue
         if name in rows:
             raise ValueError(

@@ -55,14 +55,14 @@ def describe(module: nnx.Module) -> dict[str, Any] | None:
             return {"kind": name} | kind.describe(module)
     if getattr(module, "base_module", None) is None:
         return None
-    adapter = module.adapter if isinstance(module, Adapted) else module
+    # A subclass may compute something else.
+    adapter = module.adapter if type(module) is Adapted else module
     if isinstance(adapter, nnx.LoRA) and not isinstance(adapter.lora_a, AdapterParam):
         return None  # a part of the base
     for name, kind in KINDS.items():
-        # A subclass may compute something else.
         if type(adapter) is kind.cls:
             spec = {"kind": name} | kind.describe(adapter)
-            if isinstance(module, Adapted):
+            if type(module) is Adapted:
                 spec["parallel"] = module.parallel
             return spec
     return None
@@ -74,7 +74,11 @@ def describe_features(fm: features_lib.FeatureMap) -> dict[str, Any]:
         for f in dataclasses.fields(fm)
         if f.init
     }
-    return {"kind": type(fm).__name__, "fields": fields}
+    kind = type(fm)
+    known = getattr(features_lib, kind.__name__, None) is kind
+    # A map of one's own may have the name of another one.
+    name = kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
+    return {"kind": name, "fields": fields}
 
 
 def _describe_field(value: Any) -> Any:
@@ -207,8 +211,9 @@ def _lora_shapes(spec: dict[str, Any]) -> nnx.Module:
         spec["lora_rank"],
         spec["out_features"],
         lora_param_type=AdapterParam,
-        dtype=spec["dtype"],
-        param_dtype=spec["param_dtype"],
+        # As they are spelt by whoever makes one: equal layers compile once.
+        dtype=spec["dtype"] and getattr(jnp, spec["dtype"]),
+        param_dtype=getattr(jnp, spec["param_dtype"]),
         rngs=nnx.Rngs(0),
     )
 

@@ -11,6 +11,7 @@ from flax import nnx
 from snnk_jax.features._base import accumulation_dtype
 from snnk_jax.nn import Adapted, AdapterParam, DoRA, Scaled, VeRA
 from snnk_jax.nn._linear import check_plain
+from snnk_jax.nn._lowrank import add_change
 from snnk_jax.surgery import find_modules, path_name
 from snnk_jax.typing import Array, Float
 
@@ -113,10 +114,10 @@ def _merged_linear(name: str, adapter: Any) -> nnx.Linear:
 
 def _lora(adapter: nnx.LoRA) -> tuple[Float[Array, "d o"], Float[Array, " o"] | None]:
     base: Any = adapter.base_module
-    kernel = base.kernel[...]
-    change = jnp.matmul(adapter.lora_a[...], adapter.lora_b[...])
+    down, up = adapter.lora_a[...], adapter.lora_b[...]
+    change = jnp.matmul(down, up, precision="highest")
     bias = None if base.bias is None else base.bias[...]
-    return kernel + change.astype(kernel.dtype), bias
+    return add_change(base.kernel[...], change), bias
 
 
 def _checked_error(name: str, adapter: Any, linear: nnx.Linear) -> float:
@@ -141,9 +142,16 @@ def _checked_error(name: str, adapter: Any, linear: nnx.Linear) -> float:
 
 
 def _widened(module: Any, dtype: Any) -> Any:
-    """A clone with floats of a dtype in which rounding hides nothing."""
+    """A clone that holds and computes floats of a dtype which hides no rounding."""
     graphdef, state = nnx.split(module)
     floats = jax.tree.map(
         lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, state
     )
-    return nnx.merge(graphdef, floats)
+
+    def widen(parts: tuple[Any, ...], node: Any) -> Any:
+        for name in ("dtype", "preferred_element_type"):
+            if isinstance(node, nnx.Module) and getattr(node, name, None) is not None:
+                setattr(node, name, dtype)
+        return node
+
+    return nnx.recursive_map(widen, nnx.merge(graphdef, floats))

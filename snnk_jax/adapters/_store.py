@@ -19,7 +19,8 @@ import numpy as np
 from flax import nnx
 
 from snnk_jax import projections
-from snnk_jax._files import read_record, write_record
+from snnk_jax._arguments import check_pattern
+from snnk_jax._files import check_metadata, read_record, write_record
 from snnk_jax.adapters._draws import describe_draw, drawn_arrays
 from snnk_jax.adapters._fingerprint import FOREIGN, base_name, fingerprint, held
 from snnk_jax.adapters._kinds import KINDS, describe
@@ -52,10 +53,10 @@ def save_adapter(
         file: the head, or the biases for BitFit. None takes ``exclude``. Those of an
         :class:`~snnk_jax.nn.SNNKPooler` or another :class:`~snnk_jax.nn.SNNKDense` in
         place of a module of the base always do.
-      exclude: what ``base_fingerprint`` leaves out: with a replaced pooler
-        ``"(pooler|head)/.*"``. Where it covers all that ``trained`` names and all that
-        was replaced, the rest is checked against ``base_fingerprint``, unless there is
-        none: a head that was trained alone may be saved alone.
+      exclude: what ``base_fingerprint`` leaves out, at least all that ``trained`` names
+        and all that was replaced: with a replaced pooler ``"(pooler|head)/.*"``. The
+        rest is checked against ``base_fingerprint``, unless there is none: a head that
+        was trained alone may be saved alone.
       metadata: strings of your own, returned by :func:`read_metadata`.
 
     Returns:
@@ -63,10 +64,11 @@ def save_adapter(
 
     Raises:
       ValueError: if nothing is to be saved; ``trained`` matches nothing, or leaves out
-        what ``exclude`` matches; the rest is not that of the base; an array is not
-        finite; or settings of an adapter are no names and numbers. Adapters of classes
-        that are not of this package are saved, but must be in the model already when
-        the file is loaded.
+        what ``exclude`` matches; ``exclude`` does not match all that is trained and
+        replaced; the rest is not that of the base; an array is not finite; settings of
+        an adapter are no names and numbers, or ``metadata`` no strings. Adapters of
+        classes that are not of this package are saved, but must be in the model
+        already when the file is loaded.
 
     Example:
       >>> import pathlib, tempfile
@@ -85,7 +87,16 @@ def save_adapter(
       ... )
       >>> loaded = snnk.adapters.load_adapter(file, base)
     """
-    modules = _describe_modules(model)
+    for what, pattern in (("exclude", exclude), ("trained", trained)):
+        if pattern is not None:
+            check_pattern(what, pattern)
+    if not re.fullmatch("[0-9a-f]{64}", base_fingerprint):
+        raise ValueError(
+            "base_fingerprint must be what snnk_jax.adapters.fingerprint returns. "
+            f"Got {base_fingerprint!r}."
+        )
+    check_metadata(metadata)
+    modules = describe_modules(model)
     arrays = _trained_arrays(model, modules, base_fingerprint, trained, exclude)
     for parts, variable in nnx.to_flat_state(nnx.state(model, InputStatistic)):
         arrays[path_name(parts)] = np.asarray(variable[...])
@@ -250,10 +261,10 @@ def _trained_arrays(
     pattern = exclude if trained is None else trained
     places = [m["at"] for m in modules if KINDS[m["kind"]].replaces]
     replaced = tuple(f"{place}/" for place in places)
-    arrays, lost, plain_lora = {}, [], []
+    arrays, lost = {}, []
     named, alone = False, True
-    # Whether all that may differ from the base is left out of its fingerprint.
-    covered = all(re.fullmatch(exclude, f"{place}/kernel") for place in places)
+    # What may differ from the base must be left out of its fingerprint.
+    uncovered = [p for p in places if not re.fullmatch(exclude, f"{p}/kernel")]
     for name, variable in held(model):
         if isinstance(variable, FOREIGN):
             if isinstance(variable, AdapterParam):
@@ -266,11 +277,10 @@ def _trained_arrays(
         alone &= excluded
         if matches or plain.startswith(replaced):
             arrays[name] = np.asarray(variable[...])
-            covered &= excluded
+            if not excluded:
+                uncovered.append(name)
         elif excluded:
             lost.append(name)
-        elif isinstance(variable, nnx.LoRAParam):
-            plain_lora.append(name)
     if not arrays:
         raise ValueError(
             f"model must have AdapterParam or parameters matching {pattern!r}. "
@@ -286,13 +296,13 @@ def _trained_arrays(
             f"trained must match all that exclude leaves out of the fingerprint, or "
             f"the file would lose it. Got {pattern!r}, without {lost}."
         )
-    if plain_lora and not covered:
+    if uncovered:
         raise ValueError(
-            "LoRA must be made with lora_param_type=snnk_jax.nn.AdapterParam to be "
-            f"saved. Got {plain_lora}."
+            "exclude must match all that trained names and all that was replaced, here "
+            "and for the fingerprint: the rest is compared with the base. Got "
+            f"{exclude!r}, without {uncovered}."
         )
-    compared = covered and not alone
-    found = fingerprint(model, exclude=exclude) if compared else base_fingerprint
+    found = base_fingerprint if alone else fingerprint(model, exclude=exclude)
     if found != base_fingerprint:
         raise ValueError(
             "model must have the parameters of the base but for adapters and what "
@@ -348,7 +358,7 @@ def _refuse(value: Any) -> None:
     )
 
 
-def _describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
+def describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
     """The adapters around a base module and the replacements of one, outer ones first.
 
     ``at`` is the place in the base model. An adapter of a kind that is not listed is
@@ -365,7 +375,7 @@ def _describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
 
 def _check_settings(model: nnx.Module, specs: list[dict[str, Any]]) -> None:
     """Refuses a model whose adapters are others than those of a file."""
-    found = json.loads(json.dumps(_describe_modules(model)))
+    found = json.loads(json.dumps(describe_modules(model)))
     places = [[spec["at"] for spec in described] for described in (found, specs)]
     if places[0] != places[1]:
         raise ValueError(

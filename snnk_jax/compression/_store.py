@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from snnk_jax import projections
-from snnk_jax._files import read_record, write_record
+from snnk_jax._files import check_metadata, read_record, write_record
 from snnk_jax.adapters._kinds import build_features, describe_features
 from snnk_jax.compression._modules import Beside, Int8Linear
 from snnk_jax.compression._taps import place
@@ -61,8 +61,8 @@ def save(
       The size of the file in bytes.
 
     Raises:
-      ValueError: if an array is not finite, or a module differs from that of ``dense``
-        and is of no kind that a file can describe.
+      ValueError: if an array is not finite, ``metadata`` no strings, or a module is not
+        that of ``dense`` and of no kind that a file can describe.
 
     Example:
       >>> import pathlib, tempfile
@@ -84,6 +84,7 @@ def save(
       >>> bool((again(x) == small(x)).all())
       True
     """
+    check_metadata(metadata)
     draws = {
         name: module
         for name, module in find_modules(model).items()

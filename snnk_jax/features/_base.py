@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from snnk_jax import projections
+from snnk_jax._arguments import check_size
 from snnk_jax.projections import accumulation_dtype as accumulation_dtype
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
 
@@ -45,10 +46,8 @@ class FeatureMap(abc.ABC):
     precision: Precision | None = None
 
     def __post_init__(self):
-        if self.num_features < 1:
-            raise ValueError(
-                f"num_features must be at least 1. Got {self.num_features}."
-            )
+        num_features = check_size("num_features", self.num_features)
+        object.__setattr__(self, "num_features", num_features)
         projections.check_name(self.projection)
         if self.precision not in (None, "default", "high", "highest"):
             raise ValueError(

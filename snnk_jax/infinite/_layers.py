@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from snnk_jax import activations
+from snnk_jax._arguments import check_size
 from snnk_jax.typing import Array
 
 if TYPE_CHECKING:
@@ -227,12 +228,7 @@ class FanOut(Layer):
     num: int
 
     def __post_init__(self):
-        num = _integers((self.num,))
-        if not num or num[0] < 1:
-            raise ValueError(
-                f"num must be a whole number of at least 1. Got {self.num}."
-            )
-        object.__setattr__(self, "num", num[0])
+        object.__setattr__(self, "num", check_size("num", self.num))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,7 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from snnk_jax import projections
+from snnk_jax._arguments import check_size
 from snnk_jax.projections import accumulation_dtype
 from snnk_jax.typing import Array, Dtype, Float, Int, Params, PRNGKeyArray, UInt32
 
@@ -48,10 +49,8 @@ class Sketch(abc.ABC):
     num_features: int
 
     def __post_init__(self):
-        if self.num_features < 1:
-            raise ValueError(
-                f"num_features must be at least 1. Got {self.num_features}."
-            )
+        num_features = check_size("num_features", self.num_features)
+        object.__setattr__(self, "num_features", num_features)
 
     @abc.abstractmethod
     def init(self, key: PRNGKeyArray, dim: int, dtype: Dtype = jnp.float32) -> Params:

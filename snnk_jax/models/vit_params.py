@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save
 
-from snnk_jax._files import open_safetensors, write_atomic
+from snnk_jax._files import check_metadata, open_safetensors, write_atomic
 from snnk_jax.models._weights import (
     Checkpoint,
     Source,
@@ -50,13 +50,31 @@ def save_vit(
 
     Args:
       path: the file.
-      model: a ViT without adapters.
+      model: a ViT without adapters. Its head may have another number of outputs than
+        its config says, as after the load of a task's adapter: the file has that of the
+        head.
       dtype: storage dtype, for example ``"float16"``; None keeps each parameter's.
       metadata: more strings for the file's header (a model card).
 
     Raises:
-      ValueError: if a parameter is not finite in the storage dtype.
+      ValueError: if a parameter is not finite in the storage dtype, or the parameters
+        are not those of a ViT (adapters and replacements have others).
     """
+    config = model.config
+    if isinstance(model.head, nnx.Linear):
+        config = dataclasses.replace(config, num_classes=model.head.out_features)
+    plain = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    needed, own = (
+        {name: variable.shape for name, variable in _named_params(m).items()}
+        for m in (plain, model)
+    )
+    other = sorted(n for n in needed | own if needed.get(n) != own.get(n))
+    if other:
+        raise ValueError(
+            "model must have the parameters of a plain ViT: merge or remove adapters "
+            f"first. Got others at {other}."
+        )
+    check_metadata(metadata)
     arrays = {}
     for name, variable in _named_params(model).items():
         array = np.asarray(variable[...])
@@ -68,8 +86,8 @@ def save_vit(
                 f"Got {int((~np.isfinite(stored)).sum())} non-finite values."
             )
         arrays[name] = np.ascontiguousarray(stored)
-    config = json.dumps(dataclasses.asdict(model.config))
-    header = (metadata or {}) | {"format": _FORMAT, "config": config}
+    sizes = json.dumps(dataclasses.asdict(config))
+    header = (metadata or {}) | {"format": _FORMAT, "config": sizes}
     write_atomic(path, save(arrays, header))
 
 

@@ -1,14 +1,23 @@
 """Adapters: small trained modules behind a frozen one."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from snnk_jax import activations
+from snnk_jax._arguments import check_size
 from snnk_jax.features import FeatureMap
 from snnk_jax.features._base import accumulation_dtype
+from snnk_jax.nn._arguments import (
+    check_features,
+    check_inputs,
+    check_rngs,
+    float_dtype,
+)
 from snnk_jax.nn._projection import Projection, projection_key
 from snnk_jax.nn._variables import AdapterParam, InputStatistic
 from snnk_jax.ops import contract
@@ -29,8 +38,9 @@ class Adapted(nnx.Module):
       parallel: put it beside the module; it must have a method ``delta``.
 
     Raises:
-      ValueError: if the adapter cannot stand beside a module, when it is made or, for
-        want of width, when it is called.
+      ValueError: if the module or the adapter cannot be called; if the adapter cannot
+        stand beside a module, when it is made or, for want of width, when it is called;
+        and, when it is called, if the module returns no array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,6 +55,9 @@ class Adapted(nnx.Module):
     def __init__(
         self, base_module: nnx.Module, adapter: nnx.Module, *, parallel: bool = False
     ):
+        for name, part in (("base_module", base_module), ("adapter", adapter)):
+            if not callable(part):
+                raise ValueError(f"{name} must be a module to call. Got {part!r}.")
         if parallel and not hasattr(adapter, "delta"):
             raise ValueError(
                 "a parallel adapter must have a method delta. "
@@ -56,7 +69,12 @@ class Adapted(nnx.Module):
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         # The only place that passes arguments through: it stands in for any module.
-        y = self.base_module(x, *args, **kwargs)
+        y: Any = self.base_module(x, *args, **kwargs)
+        if not hasattr(y, "shape"):
+            raise ValueError(
+                "a module with an adapter must return one array. Got "
+                f"{type(y).__name__} of {type(self.base_module).__name__}."
+            )
         if not self.parallel:
             return self.adapter(y)
         adapter: Any = self.adapter
@@ -99,11 +117,13 @@ class SNNKAdapter(nnx.Module):
       modulate: train v; without it v is one.
       train_projection: train the parameters of the feature map as well.
       dtype: computation dtype of the features; None takes that of the inputs.
-      param_dtype: storage dtype.
+      param_dtype: storage dtype; of :math:`\mu` and :math:`\sigma` float32 or wider.
       rngs: random streams ``projection``, and ``params`` where ``rank`` is given.
 
     Raises:
-      ValueError: if ``rank`` is below 1.
+      ValueError: if sizes are no whole numbers of at least 1, ``features`` is no
+        feature map, a dtype not floating, ``rngs`` no random streams; and for inputs of
+        another width when it is called.
 
     References:
       Sehanobish et al., "Scalable Neural Network Kernels", arXiv 2310.13225.
@@ -133,8 +153,11 @@ class SNNKAdapter(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank must be None or at least 1. Got {rank}.")
+        check_features(features, rngs)
+        dim = check_size("dim", dim)
+        rank = None if rank is None else check_size("rank", rank)
+        dtype = float_dtype("dtype", dtype)
+        param_dtype = float_dtype("param_dtype", param_dtype)
         self.dim = dim
         self.rank = rank
         self.normalize = normalize
@@ -161,17 +184,22 @@ class SNNKAdapter(nnx.Module):
         modulation = jnp.ones((dim,), param_dtype)
         self.modulation = AdapterParam(modulation) if modulate else None
         statistics = (jnp.zeros, jnp.ones) if standardize else ()
+        # Inputs far from zero lose all that tells them apart when they are rounded.
+        wide = accumulation_dtype(param_dtype)
         self.statistics = nnx.List(
-            [InputStatistic(make((dim,), param_dtype)) for make in statistics]
+            [InputStatistic(make((dim,), wide)) for make in statistics]
         )
 
     def phi(self, x: Float[Array, "*b d"]) -> Float[Array, "*b m"]:
         """The features of its inputs, scaled as the adapter scales them."""
+        check_inputs(x, self.dim)
         z = x
         if self.standardize:
             shape = (1,) * (x.ndim - 1) + (self.dim,)
             mean, deviation = (v[...].reshape(shape) for v in self.statistics)
-            z = (x.astype(mean.dtype) - mean) / deviation
+            # NumPy's, which the switch for strict promotion leaves alone.
+            wide = np.promote_types(x.dtype, mean.dtype)
+            z = (x.astype(wide) - mean.astype(wide)) / deviation.astype(wide)
         z = z.astype(x.dtype if self.dtype is None else self.dtype)
         if self.normalize:
             z = _unit(z)
@@ -206,9 +234,14 @@ class BottleneckAdapter(nnx.Module):
       bottleneck: r.
       activation: f, see :func:`snnk_jax.activations.get`.
       scale: s, fixed.
-      dtype: computation dtype; None promotes inputs and parameters.
+      dtype: computation dtype; None takes that of the inputs.
       param_dtype: storage dtype.
       rngs: random stream ``params``.
+
+    Raises:
+      ValueError: if sizes are no whole numbers of at least 1, ``scale`` is not finite,
+        a dtype not floating, ``rngs`` no random streams; and for inputs of another
+        width when it is called.
 
     References:
       Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", arXiv
@@ -235,8 +268,13 @@ class BottleneckAdapter(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if bottleneck < 1:
-            raise ValueError(f"bottleneck must be at least 1. Got {bottleneck}.")
+        check_rngs(rngs)
+        dim = check_size("dim", dim)
+        bottleneck = check_size("bottleneck", bottleneck)
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"scale must be a finite number. Got {scale!r}.")
+        dtype = float_dtype("dtype", dtype)
+        param_dtype = float_dtype("param_dtype", param_dtype)
         self.dim = dim
         self.bottleneck = bottleneck
         self.activation = activations.get(activation)
@@ -252,6 +290,7 @@ class BottleneckAdapter(nnx.Module):
 
     def delta(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """What the adapter adds."""
+        check_inputs(x, self.dim)
         dtype = x.dtype if self.dtype is None else self.dtype
 
         def linear(z: Array, kernel: AdapterParam, bias: AdapterParam) -> Array:

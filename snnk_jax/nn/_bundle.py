@@ -11,6 +11,7 @@ from flax import nnx
 from snnk_jax import projections
 from snnk_jax.bundling import Counts, count_flops, merge_bias, merge_readout
 from snnk_jax.features import AppendOne, ArcCosine, FeatureMap
+from snnk_jax.nn._arguments import float_dtype
 from snnk_jax.nn._dense import SNNKDense
 from snnk_jax.nn._linear import is_plain
 from snnk_jax.nn._projection import Projection
@@ -186,7 +187,7 @@ def _check_modules(modules: Sequence[SNNKDense | nnx.Linear]) -> None:
         raise ValueError(
             f"modules must read what the one before writes. Got widths {widths}."
         )
-    dtypes = {module.dtype for module in modules}
+    dtypes = {float_dtype("dtype", module.dtype) for module in modules}
     if len(dtypes) > 1:
         raise ValueError(f"modules must compute in one dtype. Got {dtypes}.")
     for index, module in enumerate(modules[1:], start=1):

@@ -9,8 +9,17 @@ from flax import nnx
 
 from snnk_jax.nn._variables import AdapterParam, InputStatistic, RandomProjection
 
-HEAD = nnx.All(nnx.Param, nnx.PathContains("head"))
-"""NNX filter of the parameters that belong to the task."""
+
+def _in_head(path: tuple[Any, ...], variable: Any) -> bool:
+    """Whether a path is in the model's own ``head``, adapted or not."""
+    return next((part for part in path if part != "base_module"), None) == "head"
+
+
+HEAD = nnx.All(nnx.Param, _in_head)
+"""NNX filter of the parameters that belong to the task: what is in ``head``.
+
+The same that files of adapters leave out of the fingerprint.
+"""
 
 _PARAMETERS = nnx.Any(nnx.Param, InputStatistic)
 

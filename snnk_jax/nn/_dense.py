@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from snnk_jax._arguments import check_size
 from snnk_jax.features import FeatureMap
+from snnk_jax.nn._arguments import check_features, float_dtype
 from snnk_jax.nn._linear import check_plain, sample_rows
 from snnk_jax.nn._projection import Projection, projection_key
 from snnk_jax.ops import contract
@@ -33,7 +35,9 @@ class SNNKDense(nnx.Module):
       rngs: random streams ``params`` and ``projection``.
 
     Raises:
-      ValueError: if the inputs have another width.
+      ValueError: if sizes are no whole numbers of at least 1, ``features`` is no
+        feature map, a dtype not floating, ``rngs`` no random streams; and for inputs of
+        another width when it is called.
 
     References:
       Sehanobish et al., "Scalable Neural Network Kernels", arXiv 2310.13225.
@@ -61,9 +65,13 @@ class SNNKDense(nnx.Module):
         bias_init: nnx.Initializer = _BIAS_INIT,
         rngs: nnx.Rngs,
     ):
+        check_features(features, rngs)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
+        param_dtype = float_dtype("param_dtype", param_dtype)
         self.in_features = in_features
         self.out_features = out_features
-        self.dtype = dtype
+        self.dtype = float_dtype("dtype", dtype)
         self.projection = Projection(
             features, in_features, key=projection_key(rngs), param_dtype=param_dtype
         )

@@ -12,7 +12,9 @@ import numpy as np
 from flax import nnx
 
 from snnk_jax import projections
+from snnk_jax._arguments import check_size
 from snnk_jax.features._base import accumulation_dtype
+from snnk_jax.nn._arguments import check_inputs, check_rngs, float_dtype
 from snnk_jax.nn._linear import check_plain
 from snnk_jax.nn._projection import Drawn, projection_key
 from snnk_jax.nn._variables import AdapterParam
@@ -38,7 +40,9 @@ class DoRA(nnx.Module):
       rngs: random stream ``params``.
 
     Raises:
-      ValueError: if ``rank`` is below 1, or ``base_module`` no plain ``nnx.Linear``.
+      ValueError: if ``rank`` is no whole number of at least 1, ``base_module`` no plain
+        ``nnx.Linear``, ``rngs`` no random streams, or the dtype not floating; and for
+        inputs of another width when it is called.
 
     References:
       Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
@@ -60,18 +64,23 @@ class DoRA(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1. Got {rank}.")
+        check_rngs(rngs)
+        rank = check_size("rank", rank)
+        param_dtype = float_dtype("param_dtype", param_dtype)
         check_plain("base_module", base_module)
         self.base_module = base_module
         self.rank = rank
         self.param_dtype = param_dtype
-        kernel = base_module.kernel[...]
+        dim, outputs = base_module.kernel.shape
         init = nnx.initializers.he_uniform()
-        down = init(rngs.params(), (kernel.shape[0], rank), param_dtype)
-        self.down = AdapterParam(down)
-        self.up = AdapterParam(jnp.zeros((rank, kernel.shape[1]), param_dtype))
-        self.norms = AdapterParam(_column_norms(kernel, param_dtype))
+        self.down = AdapterParam(init(rngs.params(), (dim, rank), param_dtype))
+        self.up = AdapterParam(jnp.zeros((rank, outputs), param_dtype))
+        kernel = base_module.kernel.get_value()
+        # Of a model that is counted before it is loaded there are shapes alone.
+        shape = jax.ShapeDtypeStruct((outputs,), param_dtype)
+        known = not isinstance(kernel, jax.ShapeDtypeStruct)
+        norms = _column_norms(kernel, param_dtype) if known else shape
+        self.norms = AdapterParam(norms)
 
     def _direction(self) -> tuple[Float[Array, "d o"], Float[Array, " o"]]:
         """``W + A B`` and what its columns are multiplied by."""
@@ -87,14 +96,19 @@ class DoRA(nnx.Module):
         return changed, self.norms[...].astype(accurate) / norms.astype(accurate)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
+        base = self.base_module
+        check_inputs(x, base.in_features)
         changed, scale = self._direction()
-        kernel = self.base_module.kernel
-        dtype = self.base_module.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-        y = jnp.matmul(x.astype(dtype), changed.astype(dtype))
-        y = y * _row(scale.astype(dtype), y)
-        if self.base_module.bias is not None:
-            y = y + _row(self.base_module.bias[...].astype(dtype), y)
-        return y
+        dtype = base.dtype or jnp.promote_types(x.dtype, base.kernel.dtype)
+        wanted = base.preferred_element_type
+        y = base.dot_general(
+            *(x.astype(dtype), changed.astype(dtype)),
+            (((x.ndim - 1,), (0,)), ((), ())),
+            precision=base.precision,
+            **({} if wanted is None else {"preferred_element_type": wanted}),
+        )
+        y = y * _row(scale.astype(y.dtype), y)
+        return y if base.bias is None else y + _row(base.bias[...].astype(y.dtype), y)
 
     def merged(self) -> tuple[Float[Array, "d o"], Float[Array, " o"] | None]:
         """Kernel and bias of the Linear that computes the same."""
@@ -157,7 +171,9 @@ class VeRA(nnx.Module):
       rngs: random stream ``projection``.
 
     Raises:
-      ValueError: if ``rank`` is below 1, or ``base_module`` no plain ``nnx.Linear``.
+      ValueError: if ``rank`` is no whole number of at least 1, ``base_module`` no plain
+        ``nnx.Linear``, ``rngs`` no random streams, or the dtype not floating; and for
+        inputs of another width when it is called.
 
     References:
       Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", arXiv 2310.11454.
@@ -179,8 +195,9 @@ class VeRA(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1. Got {rank}.")
+        check_rngs(rngs)
+        rank = check_size("rank", rank)
+        param_dtype = float_dtype("param_dtype", param_dtype)
         check_plain("base_module", base_module)
         self.base_module = base_module
         self.rank = rank
@@ -193,6 +210,7 @@ class VeRA(nnx.Module):
         self.outer = AdapterParam(jnp.zeros((outputs,), param_dtype))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
+        check_inputs(x, self.base_module.in_features)
         y = self.base_module(x)
         values = {k: v.astype(y.dtype) for k, v in self.basis.params.items()}
         z = jnp.matmul(x.astype(y.dtype), values["down"])
@@ -201,11 +219,10 @@ class VeRA(nnx.Module):
 
     def merged(self) -> tuple[Float[Array, "d o"], Float[Array, " o"] | None]:
         """Kernel and bias of the Linear that computes the same."""
-        values = self.basis.params
-        change = jnp.matmul(values["down"] * self.inner[...][None], values["up"])
+        down, up = (self.basis.params[name] for name in ("down", "up"))
+        change = jnp.matmul(down * self.inner[...][None], up, precision="highest")
         change = change * self.outer[...][None]
-        kernel = self.base_module.kernel[...]
-        return kernel + change.astype(kernel.dtype), _bias(self.base_module)
+        return add_change(self.base_module.kernel[...], change), _bias(self.base_module)
 
 
 class Scaled(nnx.Module):
@@ -223,8 +240,8 @@ class Scaled(nnx.Module):
       param_dtype: storage dtype.
 
     Raises:
-      ValueError: for another ``where``, or if ``base_module`` is no plain
-        ``nnx.Linear``.
+      ValueError: for another ``where``, if ``base_module`` is no plain ``nnx.Linear``,
+        or the dtype not floating; and for inputs of another width when it is called.
 
     References:
       Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
@@ -249,6 +266,7 @@ class Scaled(nnx.Module):
         if where not in ("output", "input"):
             raise ValueError(f"where must be 'output' or 'input'. Got {where!r}.")
         check_plain("base_module", base_module)
+        param_dtype = float_dtype("param_dtype", param_dtype)
         self.base_module = base_module
         self.where = where
         self.param_dtype = param_dtype
@@ -256,6 +274,7 @@ class Scaled(nnx.Module):
         self.scale = AdapterParam(jnp.ones((dim,), param_dtype))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
+        check_inputs(x, self.base_module.in_features)
         if self.where == "input":
             return self.base_module(x * _row(self.scale[...].astype(x.dtype), x))
         y = self.base_module(x)
@@ -264,15 +283,31 @@ class Scaled(nnx.Module):
     def merged(self) -> tuple[Float[Array, "d o"], Float[Array, " o"] | None]:
         """Kernel and bias of the Linear that computes the same."""
         kernel, bias = self.base_module.kernel[...], _bias(self.base_module)
-        scale = self.scale[...].astype(kernel.dtype)
+        scale = self.scale[...]
+
+        def product(a: Array, b: Array) -> Array:
+            """Rounded once, to the dtype of the base."""
+            wide = np.promote_types(a.dtype, b.dtype)
+            return (a.astype(wide) * b.astype(wide)).astype(a.dtype)
+
         if self.where == "input":
-            return kernel * scale[:, None], bias
-        return kernel * scale[None], None if bias is None else bias * scale
+            return product(kernel, scale[:, None]), bias
+        scaled_bias = None if bias is None else product(bias, scale)
+        return product(kernel, scale[None]), scaled_bias
 
 
 def _column_norms(kernel: Float[Array, "d o"], dtype: Dtype) -> Float[Array, " o"]:
     accurate = kernel.astype(accumulation_dtype(kernel.dtype))
     return jnp.sqrt(jnp.sum(accurate * accurate, axis=0)).astype(dtype)
+
+
+def add_change(
+    kernel: Float[Array, "d o"], change: Float[Array, "d o"]
+) -> Float[Array, "d o"]:
+    """A kernel with its change, rounded once, to the dtype of the kernel."""
+    # NumPy's, which the switch for strict promotion leaves alone.
+    wide = np.promote_types(kernel.dtype, change.dtype)
+    return (kernel.astype(wide) + change.astype(wide)).astype(kernel.dtype)
 
 
 def _bias(linear: nnx.Linear) -> Float[Array, " o"] | None:

@@ -4,12 +4,14 @@ import re
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from snnk_jax.bundling import merge_bias, merge_readout
 from snnk_jax.calibration import fit_linear
 from snnk_jax.features import FeatureMap
 from snnk_jax.features._towers import TowerFeatures
+from snnk_jax.nn._arguments import float_dtype
 from snnk_jax.nn._dense import SNNKDense
 from snnk_jax.nn._linear import is_plain, sample_rows
 from snnk_jax.nn._mlp import SNNKMlp
@@ -142,8 +144,9 @@ def merge_pooler(
 
     .. math:: (\Phi(x)\Psi + b)\,W + b' = \Phi(x)\,(\Psi W) + (b W + b')
 
-    exactly: both are linear in the features. (Outputs have the dtype of the features,
-    which a Linear of wider parameters would have widened.) The head becomes an
+    exactly but for rounding, to the wider of both storage dtypes: both are linear in
+    the features. (Outputs have the dtype of the features, which a Linear of wider
+    parameters would have widened.) The head becomes an
     :class:`SNNKMlp` with one matrix ``[m, num_outputs]``, the pooler a
     :class:`MergedPooler` without parameters. Of BERT-base's 590,592 numbers of the
     pooler none is left.
@@ -189,13 +192,17 @@ def merge_pooler(
             f"model must have an SNNKPooler at {pooler!r} and an nnx.Linear at "
             f"{head!r}. Got {type(old).__name__} and {type(linear).__name__}."
         )
-    if old.out_features != linear.in_features or old.dtype != linear.dtype:
+    dtype = float_dtype("dtype", linear.dtype)
+    # NumPy holds float64 for equal to None.
+    if old.out_features != linear.in_features or str(old.dtype) != str(dtype):
         raise ValueError(
             "the head must read what the pooler writes, in its dtype. Got widths "
-            f"{linear.in_features} and {old.out_features}, dtypes {linear.dtype} and "
+            f"{linear.in_features} and {old.out_features}, dtypes {dtype} and "
             f"{old.dtype}."
         )
-    own = None if old.bias is None else old.bias[...]
+    # The products are stored as accurately as the wider of their factors.
+    wide = np.promote_types(old.readout.dtype, linear.kernel.dtype)
+    own = None if old.bias is None else old.bias[...].astype(wide)
     behind = None if linear.bias is None else linear.bias[...]
     bias = merge_bias(own, linear.kernel[...], behind)
     merged = SNNKMlp(
@@ -204,14 +211,15 @@ def merge_pooler(
         features=old.projection.features,
         use_bias=bias is not None,
         dtype=old.dtype,
-        param_dtype=old.readout.dtype,
+        param_dtype=wide,
         readout_init=nnx.initializers.zeros_init(),
         rngs=nnx.Rngs(0),
     )
     merged.projection = nnx.clone(old.projection)
-    merged.readout[...] = merge_readout(old.readout[...], linear.kernel[...])
+    readout = merge_readout(old.readout[...].astype(wide), linear.kernel[...])
+    merged.readout[...] = readout
     if merged.bias is not None and bias is not None:
-        merged.bias[...] = bias
+        merged.bias[...] = bias.astype(wide)
     rules = [
         SwapRule(path=re.escape(pooler), build=lambda module, rngs: MergedPooler()),
         SwapRule(path=re.escape(head), build=lambda module, rngs: merged),

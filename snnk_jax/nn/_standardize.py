@@ -13,6 +13,9 @@ from snnk_jax.nn._variables import InputStatistic
 from snnk_jax.surgery import find_modules, path_name
 from snnk_jax.typing import Array
 
+# Deviations below this many units in the last place of the mean are rounding.
+_ULPS = 4
+
 
 class _Measuring(nnx.Module):
     """Stands in for an adapter and measures the inputs of all its calls."""
@@ -26,16 +29,22 @@ class _Measuring(nnx.Module):
         self.variance = InputStatistic(jnp.zeros((adapter.dim,), dtype))
 
     def delta(self, x: Array) -> Array:
-        z = x.astype(self.mean.dtype)
-        weight = jnp.ones(x.shape[:-1], z.dtype)
-        if self.where is not None:
-            shape = self.where.shape + (1,) * (x.ndim - 1 - self.where.ndim)
-            weight = weight * self.where.reshape(shape).astype(z.dtype)
-        axes = tuple(range(x.ndim - 1))
+        # NumPy's, which the switch for strict promotion leaves alone.
+        wide = np.promote_types(x.dtype, self.mean.dtype)
+        z = x.astype(wide).reshape(-1, x.shape[-1])
+        weight = self._weight(x.shape[:-1]).astype(wide).reshape(-1, 1)
         count = jnp.sum(weight)
-        mean = jnp.sum(weight[..., None] * z, axes) / count
-        centred = z - mean.reshape((1,) * len(axes) + (-1,))
-        variance = jnp.sum(weight[..., None] * centred**2, axes) / count
+        # About a row that counts: a coordinate that never changes is then exactly zero.
+        row = z[jnp.argmax(weight > 0)]
+        offset = jnp.sum(weight * (z - row[None]), 0) / count
+        mean = row + offset
+        variance = jnp.sum(weight * (z - row[None] - offset[None]) ** 2, 0) / count
+        # Of what is only rounding of the inputs nothing is to be made.
+        rounding = _ULPS * float(jnp.finfo(x.dtype).eps) * jnp.abs(mean)
+        variance = jnp.where(jnp.sqrt(variance) > rounding, variance, 0)
+        count, mean, variance = (
+            a.astype(self.mean.dtype) for a in (count, mean, variance)
+        )
         # With what earlier calls of a shared adapter measured, by Chan's formula.
         total = self.count[...] + count
         share = count / total
@@ -46,6 +55,19 @@ class _Measuring(nnx.Module):
         self.count[...] = total
         self.settle()
         return self.adapter.delta(x)
+
+    def _weight(self, shape: tuple[int, ...]) -> Array:
+        if self.where is None:
+            return jnp.ones(shape)
+        given = self.where.shape + (1,) * (len(shape) - self.where.ndim)
+        if len(given) != len(shape) or any(
+            own not in (1, size) for own, size in zip(given, shape, strict=True)
+        ):
+            raise ValueError(
+                f"where must be over leading axes of the adapters' inputs, {shape}. "
+                f"Got {self.where.shape}."
+            )
+        return jnp.broadcast_to(self.where.reshape(given), shape)
 
     def settle(self) -> None:
         """Writes what was measured so far into the adapter."""
@@ -84,7 +106,7 @@ def standardize(
 
     Raises:
       ValueError: if no adapter asks for statistics, the model did not call one of them,
-        or an input was not finite.
+        an input was not finite, or ``where`` does not fit the inputs of an adapter.
 
     Example:
       >>> import jax
@@ -114,14 +136,16 @@ def standardize(
 
     taps = nnx.recursive_map(blank, nnx.clone(model))
     graphdef, state = nnx.split(taps)
+    # Random streams among the keyword arguments are used up inside of the program.
+    options, values = nnx.split(kwargs)
 
     @jax.jit
-    def measure(state: Any, args: Any) -> Any:
+    def measure(state: Any, args: Any, values: Any) -> Any:
         model = nnx.merge(graphdef, state, copy=True)
-        model(*args, **kwargs)
+        model(*args, **nnx.merge(options, values, copy=True))
         return nnx.state(model, InputStatistic)
 
-    measured = measure(state, args)
+    measured = measure(state, args, values)
     called = [
         leaf
         for path, leaf in nnx.to_flat_state(measured)

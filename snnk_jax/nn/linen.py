@@ -4,11 +4,13 @@ Each function returns a Linen module with the collections ``params`` (or
 ``adapter_param``) and ``random_projection``. Differentiate the former only.
 """
 
+import jax.numpy as jnp
 from flax import linen, nnx
 
 from snnk_jax.features import FeatureMap
 from snnk_jax.nn._adapter import SNNKAdapter as _SNNKAdapter
 from snnk_jax.nn._dense import SNNKDense as _SNNKDense
+from snnk_jax.typing import Dtype
 
 
 def SNNKDense(  # noqa: N802  a constructor, named like the class it stands for
@@ -17,6 +19,8 @@ def SNNKDense(  # noqa: N802  a constructor, named like the class it stands for
     *,
     features: FeatureMap,
     use_bias: bool = True,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
     name: str | None = None,
 ) -> linen.Module:
     """:class:`snnk_jax.nn.SNNKDense` as a Linen module.
@@ -39,6 +43,8 @@ def SNNKDense(  # noqa: N802  a constructor, named like the class it stands for
         out_features,
         features=features,
         use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
         name=name,
     )
 
@@ -50,6 +56,9 @@ def SNNKAdapter(  # noqa: N802
     normalize: bool = True,
     rank: int | None = None,
     modulate: bool = True,
+    train_projection: bool = False,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
     name: str | None = None,
 ) -> linen.Module:
     """:class:`snnk_jax.nn.SNNKAdapter` as a Linen module.
@@ -70,5 +79,8 @@ def SNNKAdapter(  # noqa: N802
         normalize=normalize,
         rank=rank,
         modulate=modulate,
+        train_projection=train_projection,
+        dtype=dtype,
+        param_dtype=param_dtype,
         name=name,
     )

@@ -244,7 +244,7 @@ def test_values_compile_once(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: sketches.SRHT(num_features=0), "num_features must be at least 1"),
+        (lambda: sketches.SRHT(num_features=0), "num_features must be a whole"),
         (lambda: sketches.TensorSRHT(num_features=0), "num_features must be"),
         (lambda: sketches.OSNAP(num_features=3), "sparsity must be in"),
         (lambda: sketches.TensorSketch(num_features=3, degree=0), "degree must be"),

@@ -122,12 +122,12 @@ def test_adapted_passes_arguments_to_the_module():
 
 
 def test_rank_must_be_positive():
-    with pytest.raises(ValueError, match="rank must be None or at least 1. Got 0"):
+    with pytest.raises(ValueError, match="rank must be a whole number .* Got 0"):
         snnk_adapter(ARC, rank=0)
 
 
 def test_bottleneck_must_be_positive():
-    with pytest.raises(ValueError, match=r"bottleneck must be at least 1. Got 0"):
+    with pytest.raises(ValueError, match=r"bottleneck must be a whole .* Got 0"):
         snnk.nn.BottleneckAdapter(DIM, 0, rngs=nnx.Rngs(0))
 
 
@@ -223,3 +223,59 @@ def test_a_parallel_adapter_does_not_broadcast():
         ValueError, match=r"the shape of what .* \(5, 1\). Got \(5, 8\)"
     ):
         beside(jnp.ones((5, 8)))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_makes_no_adapter_is_refused():
+    fm, rngs = snnk.features.ArcCosine(num_features=4), nnx.Rngs(0)
+    linear = nnx.Linear(8, 8, rngs=rngs)
+    bottleneck, snnk_adapter = snnk.nn.BottleneckAdapter, snnk.nn.SNNKAdapter
+    size = "must be a whole number of at least 1. Got"
+    for build, message in [
+        (lambda: bottleneck(0, 2, rngs=rngs), f"dim {size} 0"),
+        (lambda: bottleneck(8, 2.5, rngs=rngs), f"bottleneck {size} 2.5"),
+        (lambda: bottleneck(8, 2, scale=np.nan, rngs=rngs), "scale must be a finite"),
+        (lambda: bottleneck(8, 2, scale="1", rngs=rngs), "scale must be a finite"),
+        (lambda: bottleneck(8, 2, rngs=jax.random.key(0)), "rngs must be nnx.Rngs"),
+        (lambda: snnk_adapter(-1, features=fm, rngs=rngs), f"dim {size} -1"),
+        (lambda: snnk_adapter(8, features=fm, rank=True, rngs=rngs), f"rank {size} Tr"),
+        (
+            lambda: snnk_adapter(8, features="relu", rngs=rngs),
+            "features must be a",
+        ),
+        (lambda: snnk_adapter(8, features=fm, rngs=0), "rngs must be nnx.Rngs"),
+        (
+            lambda: snnk_adapter(8, features=fm, dtype="foo", rngs=rngs),
+            "dtype must be a dtype. Got 'foo'",
+        ),
+        (
+            lambda: snnk_adapter(8, features=fm, param_dtype=jnp.int32, rngs=rngs),
+            "param_dtype must be floating-point. Got int32",
+        ),
+        (lambda: snnk.nn.SNNKDense(8, 0, features=fm, rngs=rngs), f"out_feat.* {size}"),
+        (lambda: snnk.nn.Adapted(None, linear), "base_module must be a module to call"),
+        (lambda: snnk.nn.Adapted(linear, None), "adapter must be a module to call"),
+        (
+            lambda: snnk.features.ArcCosine(num_features=2.5),
+            f"num_features {size} 2.5",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build()
+    assert snnk.features.ArcCosine(num_features=np.int64(4)) == fm
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_inputs_that_do_not_fit_are_refused():
+    fm = snnk.features.ArcCosine(num_features=4)
+    for adapter in (
+        snnk.nn.SNNKAdapter(8, features=fm, standardize=True, rngs=nnx.Rngs(0)),
+        snnk.nn.BottleneckAdapter(8, 2, rngs=nnx.Rngs(0)),
+    ):
+        for x in (jnp.ones((2, 1)), jnp.ones((2, 9)), jnp.ones((2, 8), int)):
+            with pytest.raises(ValueError, match="inputs must be floating.* width 8"):
+                adapter(x)
+    pair = nnx.Sequential(lambda x: (x, x))
+    adapted = snnk.nn.Adapted(pair, snnk.nn.BottleneckAdapter(8, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="must return one array. Got tuple of Seq"):
+        adapted(jnp.ones((2, 8)))

@@ -114,3 +114,20 @@ def test_a_merged_head_trains_its_matrix_and_no_directions():
 def test_another_head_is_trained_by_default():
     counts = snnk.nn.count_parameters(adapted(), head=nnx.PathContains("pooler"))
     assert (counts.trained, counts.head) == (4 * 5 * 16, 16 * 16 + 16)
+
+
+def test_a_head_of_a_part_is_none_of_the_model():
+    class Model(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.attention = nnx.Dict(head=nnx.Linear(8, 8, rngs=rngs))
+            self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    assert snnk.nn.count_parameters(Model()).head == 27
+    model, _ = snnk.swap_modules(
+        Model(),
+        [snnk.SwapRule(path="head", build=lambda m, rngs: snnk.nn.Scaled(m, "input"))],
+        rngs=nnx.Rngs(0),
+    )
+    counts = snnk.nn.count_parameters(model)
+    assert counts.head == 27 + 8

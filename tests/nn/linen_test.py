@@ -67,3 +67,16 @@ def test_trains_inside_a_linen_model():
     for _ in range(5):
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
     assert loss(params) < before
+
+
+def test_dtypes_and_trained_directions_reach_the_layers():
+    x = jnp.ones((2, 6))
+    dense = linen.SNNKDense(6, 4, features=FM, dtype="bfloat16", param_dtype="bfloat16")
+    variables = dense.init(jax.random.key(0), x)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {
+        "bfloat16"
+    }
+    assert dense.apply(variables, x).dtype == jnp.bfloat16
+    adapter = linen.SNNKAdapter(6, features=FM, train_projection=True)
+    trained = adapter.init(jax.random.key(0), x)["adapter_param"]
+    assert "values" in trained["projection"]

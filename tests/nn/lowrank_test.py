@@ -158,8 +158,8 @@ def test_computes_in_the_dtype_of_its_linear(name, dtype):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda x: snnk.nn.DoRA(x, 0, rngs=nnx.Rngs(0)), "rank must be at least 1"),
-        (lambda x: snnk.nn.VeRA(x, 0, rngs=nnx.Rngs(0)), "rank must be at least 1"),
+        (lambda x: snnk.nn.DoRA(x, 0, rngs=nnx.Rngs(0)), "rank must be a whole"),
+        (lambda x: snnk.nn.VeRA(x, 0, rngs=nnx.Rngs(0)), "rank must be a whole"),
         (lambda x: snnk.nn.Scaled(x, "both"), "where must be 'output' or 'input'"),
     ],
 )
@@ -214,3 +214,46 @@ def test_dora_of_a_bfloat16_base(param_dtype):
         adapter.up[...] = jnp.full((2, OUT), 1e-5)
         after, _ = adapter._direction()
         assert 1e-6 < float(jnp.abs(after - before).max()) < 1e-4
+
+
+def test_dora_multiplies_as_its_base_does():
+    def doubled(x, kernel, dims, **options):
+        return 2 * jax.lax.dot_general(x, kernel, dims, precision=options["precision"])
+
+    linear = make_linear(dot_general=doubled, precision="highest")
+    adapter, x = snnk.nn.DoRA(linear, 2, rngs=nnx.Rngs(1)), inputs(3)
+    np.testing.assert_allclose(adapter(x), linear(x), rtol=1e-6)
+    assert "HIGHEST" in str(jax.make_jaxpr(lambda x: adapter(x))(x))
+    linear = make_linear(
+        use_bias=False, dtype=jnp.bfloat16, preferred_element_type=jnp.float32
+    )
+    adapter = snnk.nn.DoRA(linear, 2, rngs=nnx.Rngs(1))
+    assert call(adapter, x).dtype == call(linear, x).dtype == jnp.float32
+
+
+def test_shapes_of_a_base_are_enough_to_count():
+    base = nnx.Sequential(nnx.eval_shape(make_linear))
+    for name, build in KINDS.items():
+        rule = snnk.SwapRule(path="layers/0", build=lambda m, rngs, f=build: f(m))
+        model, _ = snnk.swap_modules(base, [rule], rngs=nnx.Rngs(0))
+        assert snnk.nn.count_parameters(model).trained == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("where", ["output", "input"])
+def test_scaling_is_merged_with_one_rounding(where):
+    linear = make_linear(param_dtype=jnp.bfloat16)
+    adapter = snnk.nn.Scaled(linear, where)
+    adapter.scale[...] = jnp.linspace(0.31, 2.9, adapter.scale.shape[0])
+    scale = np.float64(adapter.scale[...])
+    factors = scale if where == "output" else scale[:, None]
+    exact = np.float64(linear.kernel[...]) * factors
+    expected = jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(adapter.merged()[0], expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_inputs_of_another_width_are_refused(name):
+    adapter = KINDS[name](make_linear())
+    for width in (1, DIM + 1):
+        with pytest.raises(ValueError, match=f"inputs must be .* width {DIM}. Got"):
+            adapter(jnp.ones((2, width)))

@@ -304,3 +304,18 @@ def test_the_readout_learns_and_the_projection_stays():
     found = dict(nnx.to_flat_state(gradient(head)))
     assert set(found) == {("head", "readout"), ("head", "bias")}
     assert all(np.all(np.isfinite(v[...])) and np.any(v[...]) for v in found.values())
+
+
+def test_a_merged_head_is_stored_as_accurately_as_the_wider_part():
+    fm = snnk.features.ArcCosine(num_features=16)
+    pooler = snnk.nn.SNNKDense(
+        *(8, 8), features=fm, dtype="float32", param_dtype="bfloat16", rngs=nnx.Rngs(0)
+    )
+    head = nnx.Linear(8, 3, dtype=jnp.float32, rngs=nnx.Rngs(1))
+    merged = snnk.nn.merge_pooler(
+        nnx.Sequential(pooler, head), pooler="layers/0", head="layers/1"
+    )
+    readout = merged.layers[1].readout
+    assert readout.dtype == jnp.float32
+    exact = np.float64(pooler.readout[...]) @ np.float64(head.kernel[...])
+    np.testing.assert_allclose(readout[...], exact, rtol=1e-5, atol=1e-6)

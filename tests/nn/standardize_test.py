@@ -139,3 +139,51 @@ def test_all_calls_of_a_shared_adapter_count():
     seen = np.concatenate([x, 5 - 2 * x[:20]])
     np.testing.assert_allclose(mean[...], seen.mean(axis=0), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(deviation[...], seen.std(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, 1000.1])
+def test_rounding_of_a_constant_coordinate_is_no_deviation(value):
+    x = jax.random.normal(jax.random.key(0), (512, DIM)).at[:, 3].set(value)
+    adapter = snnk.nn.standardize(make_adapter(), x)
+    mean, deviation = adapter.statistics
+    assert float(mean[3]) == pytest.approx(value)
+    assert float(deviation[3]) == 1
+    # One that moves by a few units in the last place is none either.
+    ulps = jnp.asarray([0, 2e-7, -1e-7])[jnp.arange(512) % 3]
+    adapter = snnk.nn.standardize(make_adapter(), x.at[:, 3].set(value * (1 + ulps)))
+    assert float(adapter.statistics[1][3]) == 1
+
+
+def test_small_deviations_far_from_zero_are_measured():
+    x = 1000 + 0.1 * jax.random.normal(jax.random.key(0), (512, DIM))
+    deviation = snnk.nn.standardize(make_adapter(), x).statistics[1]
+    np.testing.assert_allclose(deviation[...], np.std(x, axis=0), rtol=1e-3)
+
+
+def test_storage_in_bfloat16_does_not_round_the_inputs():
+    x = 100 + 0.1 * jax.random.normal(jax.random.key(0), (256, DIM))
+    adapter = snnk.nn.standardize(make_adapter(param_dtype=jnp.bfloat16), x)
+    assert adapter.readout.dtype == jnp.bfloat16
+    assert adapter.statistics[0].dtype == jnp.float32
+    # Rounded to 8 bits, most of the rows would be one and the same.
+    assert len(np.unique(np.asarray(adapter.phi(x), np.float32), axis=0)) > 250
+
+
+def test_random_streams_may_be_among_the_options():
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.adapter = make_adapter()
+            self.dropout = nnx.Dropout(0.5)
+
+        def __call__(self, x, *, rngs, scale):
+            return self.adapter(scale * self.dropout(x, rngs=rngs))
+
+    model = snnk.nn.standardize(Noisy(), samples(), rngs=nnx.Rngs(0), scale=2.0)
+    assert float(model.adapter.statistics[1][0]) > 2
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_mask_of_another_shape_is_refused():
+    for where in (np.ones(4), np.ones((3, 2))):
+        with pytest.raises(ValueError, match=r"where must be over leading .* \(3,\)"):
+            snnk.nn.standardize(make_adapter(), samples((3,)), where=where)
