@@ -19,6 +19,7 @@ from safetensors.numpy import save
 
 import snnk_jax as snnk
 from experiments import glue, plots, scores, train
+from experiments.config import check_once
 from experiments.jobs import Job, run_jobs
 from experiments.pooler_heads import METHODS, merged_map
 from experiments.pooler_states import TASK_PARAMETERS, States, load_states
@@ -81,6 +82,7 @@ def check(config: Any) -> None:
             f"config.methods must begin with dense, which {', '.join(needed)} start "
             f"from. Got {config.methods}."
         )
+    check_once("seeds", config.seeds)
     if (
         not config.seeds
         or min(config.seeds) < 0

@@ -51,6 +51,7 @@ def fit(
     *,
     mesh: jax.sharding.Mesh,
     name: str = "train",
+    base_fingerprint: str = "",
 ) -> list[Outcome]:
     """Trains one model for each recipe, all at once.
 
@@ -63,11 +64,17 @@ def fit(
       recipes: one a run, equal but for seed and learning rate.
       mesh: devices; the batch is cut over its axis ``data``.
       name: shown beside the progress.
+      base_fingerprint: of the model without what the runs add to it.
 
     Raises:
       ValueError: if the recipes differ in anything else, the models in frozen arrays,
-        or a batch does not fit the data or the mesh.
+        a batch does not fit the data or the mesh, or there are several processes.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            "runs must be trained together by one process: config.together must be 1 "
+            f"for several. Got {jax.process_count()} processes."
+        )
     recipe = recipes[0]
     alike = [dataclasses.replace(r, seed=0, learning_rate=1.0) for r in recipes]
     if len(models) != len(recipes) or any(other != alike[0] for other in alike):
@@ -168,6 +175,7 @@ def fit(
                 step_seconds=float(np.median(seconds)) / size / len(recipes),
                 memory=memory,
                 together=len(recipes),
+                base_fingerprint=base_fingerprint,
             )
         state, projection = jax.tree.map(
             lambda x, i=i: x[i], (states["params"], projections)

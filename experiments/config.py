@@ -4,7 +4,7 @@ import difflib
 import importlib
 import pathlib
 import runpy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -299,8 +299,22 @@ def check_base(config: ConfigDict) -> None:
             "config.methods and config.seeds must not be empty. "
             f"Got {config.methods} and {config.seeds}."
         )
-    if any(seed < 0 for seed in config.seeds):
-        raise ValueError(f"config.seeds must not be negative. Got {config.seeds}.")
+    for key, seeds in (("seeds", config.seeds), ("sweep.seed", (config.sweep.seed,))):
+        if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in seeds):
+            raise ValueError(
+                f"config.{key} must be whole numbers of 0 to 2^32 - 1. Got {seeds}."
+            )
+    check_once("seeds", config.seeds)
+
+
+def check_once(key: str, values: Sequence[Any]) -> None:
+    """Refuses what is named twice: it would count for another independent run."""
+    if len(set(values)) < len(values):
+        raise ValueError(f"config.{key} must name each one once. Got {tuple(values)}.")
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")
 
 
 def check_training(config: ConfigDict) -> None:
@@ -308,6 +322,8 @@ def check_training(config: ConfigDict) -> None:
     from experiments.tasks import METHODS
 
     check_base(config)
+    _check_data(config)
+    check_once("methods", methods_of(config))
     for method in methods_of(config):
         if method not in METHODS:
             close = difflib.get_close_matches(method, METHODS, n=1)
@@ -318,11 +334,27 @@ def check_training(config: ConfigDict) -> None:
             )
         if not config.sweep.learning_rates:
             rate = config.optim.learning_rates.get(method)
-            if rate is None or not rate > 0:
+            if not _is_rate(rate):
                 raise ValueError(
                     f"config.optim.learning_rates.{method} must be positive. "
-                    f"Got {rate}."
+                    f"Got {rate!r}."
                 )
+        if METHODS[method].fresh and config.model.weights:
+            raise ValueError(
+                f"config.model.weights must be empty for the method {method!r}, which "
+                f"starts from new ones. Got {config.model.weights!r}."
+            )
+    last = methods_of(config)[-1]
+    if config.export and not METHODS[last].plain:
+        raise ValueError(
+            "config.export must be empty unless the last of config.methods leaves the "
+            f"modules of the model as they are. Got {config.export!r} and {last!r}."
+        )
+    if config.keep_best and config.eval_split != "val":
+        raise ValueError(
+            "config.eval_split must be 'val' with keep_best: a test split must not "
+            f"choose the model. Got {config.eval_split!r}."
+        )
     if config.together > 1 and (
         config.keep_best or config.resume or config.export or config.log.eval_every
     ):
@@ -330,8 +362,33 @@ def check_training(config: ConfigDict) -> None:
             "config.together must be 1 for runs with keep_best, resume, export or "
             f"log.eval_every. Got {config.together}."
         )
-    if any(not rate > 0 for rate in config.sweep.learning_rates):
+    if not all(_is_rate(rate) for rate in config.sweep.learning_rates):
         raise ValueError(
             "config.sweep.learning_rates must be positive. "
             f"Got {config.sweep.learning_rates}."
+        )
+    check_once("sweep.learning_rates", config.sweep.learning_rates)
+
+
+def _check_data(config: ConfigDict) -> None:
+    """Refuses a data set that the model does not read, and what has no effect on it."""
+    from experiments import data, glue
+
+    name, text = config.data.name, config.model.family == "bert"
+    known = tuple(glue.NUM_CLASSES if text else data.NUM_CLASSES)
+    if name not in known and (text or not name.startswith("tfds:")):
+        others = () if text else ("tfds:NAME",)
+        raise ValueError(
+            f"config.data.name must be one of {', '.join(known + others)} for a "
+            f"{config.model.family}. Got {name!r}."
+        )
+    if text and (config.data.augment != "none" or config.model.patch_dropout):
+        raise ValueError(
+            "config.data.augment must be 'none' and config.model.patch_dropout 0 for "
+            f"text. Got {config.data.augment!r} and {config.model.patch_dropout}."
+        )
+    if text and glue.NUM_CLASSES[name] == 1 and config.optim.label_smoothing:
+        raise ValueError(
+            "config.optim.label_smoothing must be 0 for a regression. "
+            f"Got {config.optim.label_smoothing}."
         )

@@ -69,11 +69,16 @@ def markdown_table(table: Sequence[dict[str, Any]], metric: str = "accuracy") ->
                 f"{row['bytes'] / 1e3:.1f}",
                 f"{row['learning_rate']:g}",
                 f"{row['step_ms']:.0f}",
-                f"{row['memory_bytes'] / 1e6:.0f}",
+                megabytes(row["memory_bytes"]),
                 f"{row['seconds']:.0f}",
             )
         )
     return markdown(lines, left=1)
+
+
+def megabytes(size: int) -> str:
+    """A size in a cell; 0 stands for one that is not known."""
+    return f"{size / 1e6:.0f}" if size else "-"
 
 
 def markdown(lines: Sequence[Sequence[str]], left: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -21,6 +22,7 @@ from experiments.loading import TrainLoader
 from experiments.metrics import write_json
 from experiments.splits import Dataset
 from snnk_jax._files import write_atomic
+from snnk_jax.models.bert import Bert
 from snnk_jax.models.vit_params import save_vit
 
 _SAMPLES = 256
@@ -109,17 +111,24 @@ def run(
         )
     workdirs.claim(workdir, config)
     dataset = load_data(config)
+    if config.together > 1 and jax.process_count() > 1:
+        raise ValueError(
+            "config.together must be 1 for several processes. "
+            f"Got {config.together} and {jax.process_count()} processes."
+        )
     mesh = sharding_lib.make_mesh(config.mesh.axes)
     chief = jax.process_index() == 0
     environment = workdirs.describe_environment()
     if chief:
         write_json(workdir / "env.json", environment)
-    base = tasks.build_model(
-        config, dataset.num_classes, nnx.Rngs(params=config.seeds[0])
-    )
+    # One base for all runs: which seeds there are beside it must not change a run.
+    base = tasks.build_model(config, dataset.num_classes, nnx.Rngs(params=0))
+    check_ids(dataset, base)
+    mark = snnk.adapters.fingerprint(base)
 
     def several(method: str, runs: Sequence[Run]) -> list[Trained]:
-        return _run_several(config, base, dataset, mesh, method, runs, workdir)
+        shared = Shared(config, base, mark, dataset, mesh, method, workdir)
+        return _run_several(shared, runs)
 
     if config.sweep.learning_rates:
         rates = _sweep(config, several)
@@ -141,8 +150,6 @@ def run(
             model, result = trained
             results.append(result)
     if chief:
-        if config.export:
-            save_vit(config.export, model, dtype="float16")
         table = report.write(
             workdir,
             results,
@@ -152,15 +159,45 @@ def run(
             notes=_notes(config),
         )
         print(f"\n{table}\n\nReport and plots: {workdir / 'report.md'}", flush=True)
+        if config.export and model is base:
+            raise ValueError(
+                "config.export must be of a run by itself. Got one that was trained "
+                "together with others; choose another workdir."
+            )
+        if config.export:
+            save_vit(config.export, model, dtype="float16")
     return results
+
+
+def check_files(config: ConfigDict) -> None:
+    """Raises FileNotFoundError unless the files of a text task are there."""
+    if config.model.family == "bert":
+        glue.check_files(config.data.name, config.data.dir)
+
+
+def check_ids(dataset: Dataset, base: Any) -> None:
+    """Refuses tokens that the model has no embedding for, which would be NaN."""
+    if not isinstance(base, Bert):
+        return
+    sizes = {"tokens": base.config.vocab_size, "token_types": base.config.num_types}
+    for split in (dataset.train, dataset.val, dataset.test):
+        batch = split.__getitems__(np.arange(len(split)))
+        for name, size in sizes.items():
+            largest = int(np.max(batch[name]))
+            if largest >= size:
+                raise ValueError(
+                    f"{name} of {dataset.name} must be below the model's {size}: the "
+                    f"tokenizer must be that of the model. Got {largest}."
+                )
 
 
 def _sweep(config: ConfigDict, several: Any) -> dict[str, float]:
     """Picks each method's learning rate by the validation split, one seed each."""
     rates = {}
+    suffix = f"-seed{config.sweep.seed}" if config.sweep.seed else ""
     for method in methods_of(config):
         runs = [
-            Run(rate, config.sweep.seed, "val", f"sweep/{method}-lr{rate:g}")
+            Run(rate, config.sweep.seed, "val", f"sweep/{method}-lr{rate:g}{suffix}")
             for rate in config.sweep.learning_rates
         ]
         found = []
@@ -181,124 +218,162 @@ def _sweep(config: ConfigDict, several: Any) -> dict[str, float]:
     return rates
 
 
-def _run_several(
-    config: ConfigDict,
-    base: Any,
-    dataset: Dataset,
-    mesh: jax.sharding.Mesh,
-    method: str,
-    runs: Sequence[Run],
-    root: pathlib.Path,
-) -> list[Trained]:
-    """Trains runs of a method, ``config.together`` at a time."""
-    shared = (config, base, dataset, mesh, method)
-    if config.together == 1:
-        return [_run_one(*shared, run_, root) for run_ in runs]
-    done: list[Trained] = []
-    for start in range(0, len(runs), config.together):
-        group = runs[start : start + config.together]
-        done += _run_together(*shared, group, root)
-    return done
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What the runs of a method have in common.
+
+    Attributes:
+      config: the settings.
+      base: the model that they start from.
+      mark: its fingerprint, the head left out.
+      dataset: the splits.
+      mesh: the devices.
+      method: key of :data:`experiments.tasks.METHODS`.
+      root: folder of the folders of the runs.
+    """
+
+    config: ConfigDict
+    base: Any
+    mark: str
+    dataset: Dataset
+    mesh: jax.sharding.Mesh
+    method: str
+    root: pathlib.Path
+
+    @property
+    def task(self) -> tasks.Method:
+        """The method itself."""
+        return tasks.METHODS[self.method]
+
+    def recipe(self, run_: Run) -> learning.Recipe:
+        """What one of the runs does."""
+        return recipe_for(self.config, run_.learning_rate, run_.seed, run_.split)
 
 
-def _run_one(
-    config: ConfigDict,
-    base: Any,
-    dataset: Dataset,
-    mesh: jax.sharding.Mesh,
-    method: str,
-    run_: Run,
-    root: pathlib.Path,
-) -> Trained:
-    task = tasks.METHODS[method]
-    workdir = root / run_.name
-    recipe = recipe_for(config, run_.learning_rate, run_.seed, run_.split)
+def _run_several(shared: Shared, runs: Sequence[Run]) -> list[Trained]:
+    """Trains runs of a method, ``config.together`` at a time; not those that are done.
+
+    Runs trained together are done when their ``summary.json`` is there. One of a run by
+    itself says that it diverged; it ends with ``result.json``, and its model is in its
+    checkpoint.
+    """
+    size = shared.config.together
+    found: dict[str, Trained] = {}
+    for run_ in runs:
+        folder = shared.root / run_.name
+        names = ("summary.json",) if size == 1 else ("summary.json", "result.json")
+        for name in names:
+            if (folder / name).is_file():
+                found[run_.name] = _read_result(shared, run_, folder / name)
+    left = [run_ for run_ in runs if run_.name not in found]
+    for start in range(0, len(left), size):
+        group = left[start : start + size]
+        trained = (
+            [_run_one(shared, group[0])] if size == 1 else _run_together(shared, group)
+        )
+        found |= dict(zip((run_.name for run_ in group), trained, strict=True))
+    return [found[run_.name] for run_ in runs]
+
+
+def _run_one(shared: Shared, run_: Run) -> Trained:
+    config, task = shared.config, shared.task
+    workdir = shared.root / run_.name
+    recipe = shared.recipe(run_)
     earlier = pathlib.Path(config.resume) / run_.name
-    model = _adapt(config, base, dataset, task, run_.seed)
+    model = _adapt(shared, run_.seed)
     if jax.process_index() == 0 and not (workdir / "result.json").is_file():
-        _announce(workdir.name, task, model, recipe, dataset)
+        _announce(workdir.name, task, model, recipe, shared.dataset)
     try:
         trained, result = train.fit(
             model,
             task.trainable,
-            dataset,
+            shared.dataset,
             recipe,
             workdir,
-            mesh=mesh,
+            mesh=shared.mesh,
             rules=config.mesh.rules,
             name=workdir.name,
             keep=config.log.keep,
             keep_best=config.keep_best,
             resume=earlier if config.resume and earlier.is_dir() else None,
+            base_fingerprint=shared.mark,
         )
     except train.NonFiniteError as error:
+        if jax.process_index() == 0:
+            _write_diverged(shared, workdir, recipe)
         return error
-    return trained, _finish(config, base, method, trained, result, workdir)
+    return trained, _finish(shared, trained, result, workdir)
 
 
-def _run_together(
-    config: ConfigDict,
-    base: Any,
-    dataset: Dataset,
-    mesh: jax.sharding.Mesh,
-    method: str,
-    runs: Sequence[Run],
-    root: pathlib.Path,
-) -> list[Trained]:
-    """Trains the runs in one program, unless all of them are done."""
-    task = tasks.METHODS[method]
-    folders = [root / run_.name for run_ in runs]
-    recipes = [
-        recipe_for(config, run_.learning_rate, run_.seed, run_.split) for run_ in runs
-    ]
-    if all((folder / "summary.json").is_file() for folder in folders):
-        return [
-            _read_summary(folder, base, recipe)
-            for folder, recipe in zip(folders, recipes, strict=True)
-        ]
-    models = [_adapt(config, base, dataset, task, run_.seed) for run_ in runs]
+def _run_together(shared: Shared, runs: Sequence[Run]) -> list[Trained]:
+    """Trains the runs in one program."""
+    task, dataset = shared.task, shared.dataset
+    recipes = [shared.recipe(run_) for run_ in runs]
+    models = [_adapt(shared, run_.seed) for run_ in runs]
     _announce(f"{len(runs)} runs", task, models[0], recipes[0], dataset)
     outcomes = cohort.fit(
-        models, task.trainable, dataset, recipes, mesh=mesh, name=runs[0].name
+        *(models, task.trainable, dataset, recipes),
+        mesh=shared.mesh,
+        name=runs[0].name,
+        base_fingerprint=shared.mark,
     )
     done: list[Trained] = []
-    for folder, recipe, outcome in zip(folders, recipes, outcomes, strict=True):
+    for run_, recipe, outcome in zip(runs, recipes, outcomes, strict=True):
+        folder = shared.root / run_.name
         folder.mkdir(parents=True, exist_ok=True)
         # Of an earlier attempt, which was stopped before its summary.
         (folder / "adapter.safetensors").unlink(missing_ok=True)
         lines = "".join(json.dumps(row) + "\n" for row in outcome.history)
         write_atomic(folder / "metrics.jsonl", lines)
         if outcome.result is None:
-            diverged = {"diverged": True, "recipe": recipe.record()}
-            write_json(folder / "summary.json", diverged)
-            done.append(_read_summary(folder, base, recipe))
+            file = _write_diverged(shared, folder, recipe)
+            done.append(_read_result(shared, run_, file))
             continue
-        result = _finish(
-            config, base, method, outcome.model, dict(outcome.result), folder
-        )
+        result = _finish(shared, outcome.model, dict(outcome.result), folder)
         write_json(folder / "summary.json", result)
         done.append((outcome.model, result))
     return done
 
 
-def _read_summary(folder: pathlib.Path, base: Any, recipe: learning.Recipe) -> Trained:
-    """A finished run of :func:`_run_together`; its model is in its adapter file."""
-    result = json.loads((folder / "summary.json").read_text())
+def _write_diverged(
+    shared: Shared, folder: pathlib.Path, recipe: learning.Recipe
+) -> pathlib.Path:
+    file = folder / "summary.json"
+    diverged = {"diverged": True, "recipe": recipe.record(), "base": shared.mark}
+    write_json(file, diverged)
+    return file
+
+
+def _read_result(shared: Shared, run_: Run, file: pathlib.Path) -> Trained:
+    """A finished run, whose model is in its adapter file: the base stands for it."""
+    folder = file.parent
+    result = json.loads(file.read_text())
     if "recipe" in result:  # early summaries of diverged runs have none
-        train.check_recipe(result["recipe"], recipe, folder)
+        train.check_recipe(result["recipe"], shared.recipe(run_), folder)
+    train.check_base(result, shared.mark, folder)
     if result.get("diverged"):
         return train.NonFiniteError(
             f"loss and norms must stay finite. Got others in {folder.name}; try a "
             "lower learning rate."
         )
-    return base, result | {"workdir": str(folder)}
+    if "adapter_bytes" not in result:  # of a run by itself
+        task = shared.task
+        counts = summary.count(_adapt(shared, run_.seed), task.trainable)
+        result |= {
+            "method": shared.method,
+            "title": task.title,
+            "counts": dataclasses.asdict(counts),
+            "adapter_bytes": (folder / "adapter.safetensors").stat().st_size,
+        }
+    return shared.base, result | {"workdir": str(folder)}
 
 
-def _adapt(
-    config: ConfigDict, base: Any, dataset: Dataset, task: Any, seed: int
-) -> Any:
+def _adapt(shared: Shared, seed: int) -> Any:
     """The base model with a method's modules, which know their inputs' scales."""
-    model = task.adapt(base, config, nnx.Rngs(params=seed, projection=seed))
+    config, dataset, task = shared.config, shared.dataset, shared.task
+    if task.fresh:
+        return tasks.build_model(config, dataset.num_classes, nnx.Rngs(params=seed))
+    model = task.adapt(shared.base, config, nnx.Rngs(params=seed, projection=seed))
     if not task.standardize:
         return model
     size = min(_SAMPLES, len(dataset.train))
@@ -332,17 +407,12 @@ def _announce(
 
 
 def _finish(
-    config: ConfigDict,
-    base: Any,
-    method: str,
-    model: Any,
-    result: dict[str, Any],
-    workdir: pathlib.Path,
+    shared: Shared, model: Any, result: dict[str, Any], workdir: pathlib.Path
 ) -> dict[str, Any]:
     """Completes a result and writes the adapter beside it."""
-    task = tasks.METHODS[method]
+    task = shared.task
     result |= {
-        "method": method,
+        "method": shared.method,
         "title": task.title,
         "workdir": str(workdir),
         "counts": dataclasses.asdict(summary.count(model, task.trainable)),
@@ -354,7 +424,9 @@ def _finish(
             snnk.adapters.save_adapter(
                 file,
                 model,
-                base_fingerprint=snnk.adapters.fingerprint(base, exclude=exclude),
+                base_fingerprint=snnk.adapters.fingerprint(
+                    shared.base, exclude=exclude
+                ),
                 trained=task.trained,
                 exclude=exclude,
             )
@@ -377,5 +449,10 @@ def _notes(config: ConfigDict) -> list[str]:
         notes.append(
             f"Each method's learning rate was chosen from {rates} on the validation "
             "split."
+        )
+    if config.together > 1:
+        notes.append(
+            f"Step and memory are a run's share of a program that trains "
+            f"{config.together}."
         )
     return notes

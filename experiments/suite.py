@@ -52,6 +52,9 @@ def run(
       ValueError: for settings that no run could use, before any device work.
     """
     check(config)
+    for task in order(config):
+        # Not after hours of training on the tasks before it.
+        runner.check_files(task_config(config, task))
     workdir = pathlib.Path(workdir)
     environment = workdirs.open_workdir(workdir, config)
     results: dict[str, list[dict[str, Any]]] = {}
@@ -63,7 +66,8 @@ def run(
                 result["method"]: result["recipe"]["learning_rate"]
                 for result in results[own.rates_of]
             }
-            changed.optim.learning_rates.update(rates)
+            with changed.unlocked():
+                changed.optim.learning_rates.update(rates)
         results[task] = runner.run(changed, workdir / task, command)
     table = average({task: report.rows(found) for task, found in results.items()})
     metrics = {task: found[0]["metric"] for task, found in results.items()}
@@ -125,7 +129,7 @@ def markdown_table(table: Sequence[dict[str, Any]], metrics: Mapping[str, str]) 
                 f"{row['trained']:,}",
                 f"{row['bytes'] / 1e3:.0f}",
                 f"{row['step_ms']:.1f}",
-                f"{row['memory_bytes'] / 1e6:.0f}",
+                report.megabytes(row["memory_bytes"]),
             ]
         )
     return report.markdown(lines, left=1)
@@ -166,5 +170,6 @@ def check(config: ConfigDict) -> None:
         if own.rates_of != task:
             # Known only when the other task has chosen them.
             rates = dict.fromkeys(methods_of(config), 1.0)
-            changed.optim.learning_rates.update(rates)
+            with changed.unlocked():
+                changed.optim.learning_rates.update(rates)
         runner.check(changed)

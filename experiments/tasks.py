@@ -32,6 +32,7 @@ class Method:
         parameters, for :func:`snnk_jax.adapters.save_adapter`.
       standardize: whether adapters want to know the scales of their inputs, see
         :func:`snnk_jax.nn.standardize`.
+      fresh: start from new weights, each seed from its own.
     """
 
     title: str
@@ -39,6 +40,12 @@ class Method:
     trainable: Any
     trained: str = "head/.*"
     standardize: bool = False
+    fresh: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model keeps its modules."""
+        return self.rules is _no_rules
 
     def adapt(self, model: Any, config: ConfigDict, rngs: nnx.Rngs) -> Any:
         """Returns a clone of the model with this method's modules in place."""
@@ -308,7 +315,7 @@ METHODS: dict[str, Method] = {
         _ADAPTER,
     ),
     "full": Method("Full fine-tuning", _no_rules, nnx.Param, trained=".*"),
-    "scratch": Method("From scratch", _no_rules, nnx.Param, trained=".*"),
+    "scratch": Method("From scratch", _no_rules, nnx.Param, trained=".*", fresh=True),
 }
 
 
@@ -321,7 +328,10 @@ def weights_path(spec: str) -> str:
     if not spec.startswith("package:"):
         return spec
     name, _, folder = spec.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(name)
+    try:
+        found = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, ValueError):  # of a package inside another, or ""
+        found = None
     if found is None or found.origin is None:
         raise FileNotFoundError(
             f"config.model.weights must name an installed package. Got {spec!r}: pip "

@@ -80,6 +80,7 @@ def fit(
     resume: str | pathlib.Path | None = None,
     objective: learning.Objective = learning.TASK,
     loader: Callable[..., TrainLoader] = TrainLoader,
+    base_fingerprint: str = "",
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """Trains the parameters that ``trainable`` selects and evaluates them.
 
@@ -101,16 +102,18 @@ def fit(
         this one has no checkpoint of its own.
       objective: the loss and the scores.
       loader: makes the loader of the training batches.
+      base_fingerprint: of the model without what the run adds to it: another one is
+        refused by a run that was stopped or has finished.
 
     Returns:
-      The trained model and its result: final metrics, best metric, seconds.
+      The trained model and its result: metrics of that model, best metric, seconds.
 
     Raises:
-      Preempted: after SIGTERM, with the state saved.
+      Preempted: after SIGTERM, with the state saved, or the result.
       NonFiniteError: if loss or norms stop being finite; the last good checkpoint
         stays.
       ValueError: if the batch does not fit the data or the mesh, or ``workdir`` holds
-        a damaged checkpoint or a run of another recipe.
+        a damaged checkpoint or a run of another recipe or base model.
     """
     workdir = pathlib.Path(workdir)
     chief = jax.process_index() == 0
@@ -140,6 +143,7 @@ def fit(
     best: dict[str, Any] = {"score": -math.inf, "step": 0}
     best_params = jax.tree.map(jnp.copy, state["params"]) if keep_best else None
     seconds = 0.0
+    memory, earlier_step_seconds = 0, 0.0
     checkpoints = Checkpoints(workdir / "checkpoints", keep)
 
     def saved(state: Any, best_params: Any) -> dict[str, Any]:
@@ -156,7 +160,8 @@ def fit(
         )
         try:
             restored, record = source.restore(target)
-            check_recipe(record["recipe"], recipe, workdir)
+            check_recipe(record["recipe"], recipe, workdir, keep_best=keep_best)
+            check_base(record, base_fingerprint, workdir)
         except ValueError:
             checkpoints.close()
             raise
@@ -166,6 +171,9 @@ def fit(
         projections = restored.pop("projections")
         best_params = restored.pop("best_params", None)
         state, best, seconds = restored, record["best"], record["seconds"]
+        # Records of before have neither.
+        memory = record.get("memory", 0)
+        earlier_step_seconds = record.get("step_seconds", 0.0)
     start = int(state["step"])
     train_step = learning.jit_train_step(
         graphdef, optimizer, recipe, in_shardings, objective
@@ -175,6 +183,8 @@ def fit(
         in_shardings=(state_shardings["params"], *shared),
         out_shardings=sharding_lib.replicated(mesh),
     )
+
+    step_seconds: list[float] = []
 
     def evaluate(params: Any) -> dict[str, float]:
         parts = []
@@ -192,12 +202,20 @@ def fit(
         found = objective.scores(whole["outputs"][real], whole["label"][real])
         return {"loss": loss} | found
 
+    def median_step() -> float:
+        """Of this process; of the one before it, if that trained all the steps."""
+        whole = earlier_step_seconds or seconds / recipe.steps
+        return float(np.median(step_seconds or [whole]))
+
     def save(step: int) -> None:
         record = {
             "best": best,
             "seconds": seconds,
             "data": {"seed": recipe.seed, "next_example": step * recipe.batch_size},
             "recipe": recipe.record(),
+            "base": base_fingerprint,
+            "memory": memory,
+            "step_seconds": median_step(),
         }
         checkpoints.save(step, saved(state, best_params), record)
 
@@ -213,9 +231,8 @@ def fit(
     writer = MetricWriter(workdir, start) if chief else None
     progress = Progress(name, start, recipe.steps, quiet=not chief)
     evaluation: dict[str, float] = {}
-    step_seconds: list[float] = []
     programs: dict[Any, Any] = {}  # one a shape of the batch
-    memory = 0
+    stopping = False
     batches = prefetch(
         lambda step: sharding_lib.place(batches_of.batch(step), batch_sharding),
         start,
@@ -277,25 +294,31 @@ def fit(
                 progress.update(step)
                 if stopping and not last:
                     raise Preempted(f"{name} stopped at step {step}, state saved.")
+            if keep_best:  # the result is that of the model that is returned
+                evaluation = evaluate(best_params)
+            elif not evaluation:  # killed between the last checkpoint and the result
+                evaluation = evaluate(state["params"])
+            result = result_of(
+                recipe,
+                dataset.metric,
+                evaluation,
+                best=best,
+                seconds=seconds,
+                step_seconds=median_step(),
+                memory=memory,
+                base_fingerprint=base_fingerprint,
+            )
+            if chief:
+                write_json(result_path, result)
+            # A request that came with the last step is for the runs behind this one.
+            alone = jax.process_count() == 1
+            if stopping or (alone and stop_requested(recipe.steps)):
+                raise Preempted(f"{name} has finished, result saved.")
     finally:
         progress.close()
         checkpoints.close()
         if writer:
             writer.close()
-
-    if not evaluation:  # killed between the last checkpoint and the result
-        evaluation = evaluate(state["params"])
-    result = result_of(
-        recipe,
-        dataset.metric,
-        evaluation,
-        best=best,
-        seconds=seconds,
-        step_seconds=float(np.median(step_seconds or [seconds / recipe.steps])),
-        memory=memory,
-    )
-    if chief:
-        write_json(result_path, result)
     return trained(state), result
 
 
@@ -309,10 +332,12 @@ def result_of(
     step_seconds: float,
     memory: int,
     together: int = 1,
+    base_fingerprint: str = "",
 ) -> dict[str, Any]:
     """What a run came to, as it is written to ``result.json``.
 
-    Seconds are the run's own share, ``memory`` that of all runs trained together.
+    Seconds are the run's own share, ``memory`` that of all runs trained together; 0
+    where it is not known.
     """
     return {
         "split": recipe.eval_split,
@@ -325,15 +350,35 @@ def result_of(
         "memory_bytes": memory,
         "together": together,
         "recipe": recipe.record(),
+        "base": base_fingerprint,
     }
 
 
+def check_base(
+    stored: dict[str, Any], base_fingerprint: str, workdir: pathlib.Path
+) -> None:
+    """Refuses to go on with a run on another base model; early records name none."""
+    found = stored.get("base")
+    if found and base_fingerprint and found != base_fingerprint:
+        raise ValueError(
+            f"{workdir} must hold a run on the same base model, fingerprint "
+            f"{base_fingerprint}; choose another workdir. Got {found}."
+        )
+
+
 def check_recipe(
-    stored: dict[str, Any], recipe: learning.Recipe, workdir: pathlib.Path
+    stored: dict[str, Any],
+    recipe: learning.Recipe,
+    workdir: pathlib.Path,
+    *,
+    keep_best: bool = False,
 ) -> None:
     """Refuses to go on with a run that was started with another recipe."""
-    # How often a run reports and saves does not change what it learns.
-    free = {"log_every", "eval_every", "checkpoint_every"}
+    # How often a run reports and saves does not change what it learns; how often it is
+    # scored does, where the best score decides.
+    free = {"log_every", "checkpoint_every"}
+    if not keep_best:
+        free.add("eval_every")
     changed = {
         name: (stored.get(name), value)
         for name, value in recipe.record().items()

@@ -1,6 +1,7 @@
 """Runs trained side by side are the runs that would be trained alone."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -124,3 +125,44 @@ def test_the_runner_trains_together_and_repeats_nothing(tmp_path, capsys):
     for result in first:
         assert (pathlib.Path(result["workdir"]) / "adapter.safetensors").is_file()
     assert "curves.png" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_finished_runs_are_not_trained_again_with_others(tmp_path, monkeypatch):
+    sizes = []
+    real = cohort.fit
+
+    def counted(models, *rest, **options):
+        sizes.append(len(models))
+        return real(models, *rest, **options)
+
+    monkeypatch.setattr(cohort, "fit", counted)
+    options = {"methods": ("houlsby",), "together": 2}
+    first = runner.run(quick(**options, seeds=(0, 1)), tmp_path)
+    adapters = {p: p.read_bytes() for p in tmp_path.rglob("adapter.safetensors")}
+    # One more seed, other numbers of runs side by side: only what is new is trained.
+    again = runner.run(quick(**options, seeds=(0, 1, 2)), tmp_path)
+    runner.run(quick(**options | {"together": 4}, seeds=(0, 1, 2, 3)), tmp_path)
+    assert sizes == [2, 1, 1]
+    assert again[:2] == first
+    alone = runner.run(quick(**options | {"together": 1}, seeds=(0, 1, 4)), tmp_path)
+    assert alone[:2] == first
+    assert all(path.read_bytes() == data for path, data in adapters.items())
+    # And the other way round.
+    mixed = runner.run(quick(**options, seeds=(4, 5)), tmp_path)
+    assert sizes == [2, 1, 1, 1]
+    keys = ("score", "loss", "counts", "adapter_bytes", "title", "method", "workdir")
+    assert [mixed[0][k] for k in keys] == [alone[2][k] for k in keys]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverged_is_not_tried_again(tmp_path, monkeypatch):
+    config = quick(
+        methods=("full",), **{"sweep.learning_rates": (1e-3, 1e38), "optim.steps": 4}
+    )
+    runner.run(config, tmp_path)
+    found = json.loads((tmp_path / "sweep/full-lr1e+38/summary.json").read_text())
+    assert found["diverged"]
+    monkeypatch.setattr(train, "fit", lambda *a, name, **k: pytest.fail(name))
+    with pytest.raises(pytest.fail.Exception, match="full-lr0.001"):
+        runner.run(config, tmp_path)

@@ -84,10 +84,20 @@ def test_methods_with_commas_as_the_command_line_gives_them():
         ("adapter.num_features", -4, "num_features must be positive. Got -4"),
         ("mesh.axes", (("model", -1),), "config.mesh.axes must name an axis 'data'"),
         ("methods", ("snnk_rel",), "Got 'snnk_rel'. Did you mean 'snnk_relu'"),
-        ("seeds", (0, -1), "config.seeds must not be negative"),
+        ("seeds", (0, -1), "config.seeds must be whole numbers of 0 to 2"),
+        ("seeds", (2**32,), "config.seeds must be whole numbers .* Got .4294967296"),
+        ("seeds", (0.5,), "config.seeds must be whole numbers of 0 to 2"),
+        ("seeds", (3, 1, 3), r"config.seeds must name each one once. Got \(3, 1, 3\)"),
+        ("sweep.seed", -1, "config.sweep.seed must be whole numbers of 0 to 2"),
+        ("methods", ("full", "full"), "config.methods must name each one once"),
+        ("data.name", "cifar", "data.name must be one of digits, .*for a vit. Got 'ci"),
+        ("keep_best", True, "eval_split must be 'val' with keep_best: a test split"),
+        ("export", "a.safetensors", "export must be empty unless the last of"),
         ("methods", (), "config.methods and config.seeds must not be empty"),
         ("methods", ("scratch",), "learning_rates.scratch must be positive. Got None"),
         ("sweep.learning_rates", (0.1, -1.0), "sweep.learning_rates must be positive"),
+        ("sweep.learning_rates", ("1e-3",), "sweep.learning_rates must be positive"),
+        ("sweep.learning_rates", (0.1, 0.1), "learning_rates must name each one once"),
     ],
 )
 def test_bad_values_stop_before_any_work(key, value, message):
@@ -110,5 +120,31 @@ def test_the_check_touches_no_device():
 
 
 def test_check_accepts_every_method():
-    config = load_config("configs/vit_adapter.py:sweep", {"methods": tuple(METHODS)})
-    check(config)
+    options = {"methods": tuple(METHODS), "model.weights": ""}
+    check(load_config("configs/vit_adapter.py:sweep", options))
+    with pytest.raises(ValueError, match="weights must be empty for the method 'scr"):
+        load_config("configs/vit_adapter.py:sweep", {"methods": ("scratch",)})
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "value", "message"),
+    [
+        (
+            "mrpc",
+            "data.name",
+            "glue:sst",
+            "data.name must be one of glue:sst2, .* bert",
+        ),
+        ("mrpc", "data.augment", "crop", "data.augment must be 'none' and .* for text"),
+        (
+            "mrpc",
+            "model.patch_dropout",
+            0.5,
+            "patch_dropout 0 for text. Got 'none' and",
+        ),
+        ("stsb", "optim.label_smoothing", 0.1, "must be 0 for a regression. Got 0.1"),
+    ],
+)
+def test_what_has_no_meaning_for_text_is_refused(task, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(f"configs/bert_adapter.py:{task}", {key: value})

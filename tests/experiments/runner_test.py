@@ -5,7 +5,9 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments import load_config, runner, workdirs
 from experiments.metrics import read_jsonl
@@ -175,10 +177,47 @@ def test_of_two_processes_with_other_settings_one_gets_the_folder(tmp_path):
 
 def test_runs_trained_together_are_not_taken_for_those_of_another_recipe(tmp_path):
     config = load_config(QUICK)
-    one, two = (runner.recipe_for(config, 0.1, seed, "val") for seed in (0, 7))
-    summary = {"recipe": one.record(), "score": 0.5}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    _, result = runner._read_summary(tmp_path, None, one)
+    shared = runner.Shared(config, None, "b", None, None, "houlsby", tmp_path)
+    one, two = (runner.Run(0.1, seed, "val", "run") for seed in (0, 7))
+    summary = {"recipe": shared.recipe(one).record(), "score": 0.5, "adapter_bytes": 9}
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps(summary))
+    _, result = runner._read_result(shared, one, file)
     assert result["score"] == 0.5
     with pytest.raises(ValueError, match="a run of the same recipe.*seed"):
-        runner._read_summary(tmp_path, None, two)
+        runner._read_result(shared, two, file)
+    file.write_text(json.dumps(summary | {"base": "a"}))
+    with pytest.raises(ValueError, match="a run on the same base model"):
+        runner._read_result(shared, one, file)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_depend_on_the_seeds_beside_it(tmp_path):
+    options = {"methods": ("houlsby",), "model.weights": ""}
+    both = run(load_config(QUICK, options | {"seeds": (0, 1)}), tmp_path / "a")
+    (alone,) = run(load_config(QUICK, options | {"seeds": (1,)}), tmp_path / "b")
+    assert alone["loss"] == both[1]["loss"]
+
+
+@pytest.mark.slow
+def test_new_weights_are_those_of_the_seed(tmp_path):
+    config = load_config(
+        "configs/vit_pretrain.py:quicktest",
+        {"export": "", "seeds": (0, 1), "optim.learning_rates.scratch": 1e-9},
+    )
+    run(config, tmp_path)
+    models = [
+        load_file(file)
+        for file in sorted(tmp_path.glob("scratch-*/adapter.safetensors"))
+    ]
+    kernels = [model["blocks/0/mlp/fc1/kernel"] for model in models]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.1
+
+
+@pytest.mark.slow
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path):
+    config = load_config("configs/bert_adapter.py:quicktest", {"model.vocab_size": 20})
+    with pytest.raises(
+        ValueError, match="tokens of synthetic_text must be below .* 20"
+    ):
+        run(config, tmp_path)

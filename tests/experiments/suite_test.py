@@ -131,3 +131,24 @@ def test_a_suite_runs_reports_and_repeats_nothing(tmp_path, capsys):
     # One method alone shares the folder: its runs are there already.
     suite.run(make_config(methods=("houlsby",)), tmp_path)
     assert "GFLOP" not in capsys.readouterr().out
+
+
+def test_every_method_can_be_in_a_suite():
+    suite.check(
+        load_config("configs/bert_adapter.py:suite").copy_and_resolve_references()
+    )
+    suite.check(make_config(methods=("snnk_leaky",)))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_files_of_all_tasks_are_looked_for_first(tmp_path):
+    config = load_config(
+        "configs/bert_adapter.py:suite,reduced", {"data.dir": str(tmp_path)}
+    )
+    for folder in ("MRPC", "STS-B", "CoLA", "RTE"):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "dev"):
+            (tmp_path / folder / f"{split}.tsv.gz").touch()
+    with pytest.raises(FileNotFoundError, match="holds SST-2/train.tsv.gz"):
+        suite.run(config, tmp_path / "work")
+    assert not (tmp_path / "work").exists()

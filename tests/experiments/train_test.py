@@ -431,3 +431,56 @@ def test_checkpoints_are_bounded(fit, tmp_path):
     checkpoints.close()
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["4", "5", "6"]
+
+
+def test_a_stop_that_comes_with_the_last_step_stops_the_runs_behind(
+    fit, dataset, tmp_path
+):
+    class Terminating:
+        """Scored after the last step only."""
+
+        def __len__(self):
+            return len(dataset.val)
+
+        def __getitems__(self, rows):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return dataset.val.__getitems__(rows)
+
+    recipe = dataclasses.replace(RECIPE, steps=2, eval_every=0)
+    stopped = dataclasses.replace(dataset, val=Terminating())
+    with pytest.raises(train.Preempted, match="run has finished, result saved"):
+        fit(recipe, dataset=stopped, name="run")
+    assert (tmp_path / "run" / "result.json").is_file()
+    _, result = fit(recipe)
+    assert result["recipe"]["steps"] == 2
+
+
+def test_the_result_of_keep_best_is_that_of_the_model(fit):
+    recipe = dataclasses.replace(
+        RECIPE, steps=12, eval_every=1, learning_rate=0.3, checkpoint_every=0
+    )
+    model, result = fit(recipe, keep_best=True)
+    assert result["score"] == result["best"]["score"]
+    assert result["best"]["step"] < 12
+    # When it is scored decides what it is.
+    with pytest.raises(ValueError, match=r"same recipe.*'eval_every': \(1, 3\)"):
+        fit(dataclasses.replace(recipe, eval_every=3), keep_best=True)
+
+
+def test_another_base_model_is_refused(fit, tmp_path):
+    recipe = dataclasses.replace(RECIPE, steps=2)
+    fit(recipe, base_fingerprint="a" * 64)
+    for _ in range(2):  # a finished run, and one that was stopped before its result
+        with pytest.raises(
+            ValueError, match="same base model, fingerprint bbb.*Got aa"
+        ):
+            fit(recipe, base_fingerprint="b" * 64)
+        (tmp_path / "run" / "result.json").unlink(missing_ok=True)
+
+
+def test_memory_and_speed_are_known_after_a_restart(fit, tmp_path):
+    _, whole = fit()
+    (tmp_path / "run" / "result.json").unlink()
+    _, result = fit()
+    assert result["memory_bytes"] == whole["memory_bytes"] > 0
+    assert result["step_ms"] == pytest.approx(whole["step_ms"], rel=0.9)
