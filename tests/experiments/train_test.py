@@ -459,7 +459,7 @@ def test_the_result_of_keep_best_is_that_of_the_model(fit):
     recipe = dataclasses.replace(
         RECIPE, steps=12, eval_every=1, learning_rate=0.3, checkpoint_every=0
     )
-    model, result = fit(recipe, keep_best=True)
+    result = fit(recipe, keep_best=True)[1]
     assert result["score"] == result["best"]["score"]
     assert result["best"]["step"] < 12
     # When it is scored decides what it is.
@@ -471,9 +471,7 @@ def test_another_base_model_is_refused(fit, tmp_path):
     recipe = dataclasses.replace(RECIPE, steps=2)
     fit(recipe, base_fingerprint="a" * 64)
     for _ in range(2):  # a finished run, and one that was stopped before its result
-        with pytest.raises(
-            ValueError, match="same base model, fingerprint bbb.*Got aa"
-        ):
+        with pytest.raises(ValueError, match="same base model, .* bbb.*Got aa"):
             fit(recipe, base_fingerprint="b" * 64)
         (tmp_path / "run" / "result.json").unlink(missing_ok=True)
 
