@@ -137,12 +137,13 @@ def check_sizes(config: Any, positive: tuple[str, ...], rates: tuple[str, ...]) 
     if not isinstance(config.remat, bool):
         raise ValueError(f"remat must be true or false. Got {config.remat!r}.")
     for name in rates:
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"{name} must be in [0, 1). Got {getattr(config, name)}.")
-    if not 0.0 <= config.layer_norm_eps < float("inf"):
+        rate = getattr(config, name)
+        if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name} must be in [0, 1). Got {rate!r}.")
+    eps = config.layer_norm_eps
+    if not isinstance(eps, int | float) or not 0.0 <= eps < float("inf"):
         raise ValueError(
-            "layer_norm_eps must be finite and not negative. "
-            f"Got {config.layer_norm_eps}."
+            f"layer_norm_eps must be finite and not negative. Got {eps!r}."
         )
     if config.activation not in GELUS:
         raise ValueError(

@@ -40,6 +40,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _PER_BLOCK = 16
 # What NumPy writes. The others unpack a thousandfold more than is asked for.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# Bytes that may come of one byte, beyond some that may come of none.
+_LARGEST_RATIO, _FREELY_UNPACKED = 20, 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,8 +312,8 @@ def check_architecture(
 def read_numbers(stored: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Takes our fields from the names of a Hugging Face ``config.json``.
 
-    Sizes are whole numbers and must be there; so must the epsilon of LayerNorm.
-    Dropout rates are zero where they are not.
+    Sizes are whole numbers and must be there. Dropout rates are zero where they are
+    not, and the epsilon of LayerNorm is 1e-12, as for Hugging Face.
 
     Raises:
       ValueError: with every value that is absent or of another kind.
@@ -322,7 +324,7 @@ def read_numbers(stored: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
     }
     found = {ours: stored.get(theirs) for ours, theirs in names.items()}
     found |= {ours: stored.get(theirs, 0.0) for ours, theirs in rates.items()}
-    found["layer_norm_eps"] = stored.get("layer_norm_eps")
+    found["layer_norm_eps"] = stored.get("layer_norm_eps", 1e-12)
     wrong = [
         f"{ {**rates, **names}.get(ours, ours) }={value!r}"
         for ours, value in found.items()
@@ -428,6 +430,7 @@ def _open_npz(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Tens
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
         members = [m for m in archive.infolist() if m.filename.endswith(".npy")]
+        _check_total(members)
         tensors = {m.filename.removesuffix(".npy"): _npy(archive, m) for m in members}
     except Exception as error:
         raise ValueError(
@@ -437,6 +440,16 @@ def _open_npz(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Tens
     if len(tensors) != len(members):
         raise ValueError(f"weights must name each tensor once. Got {path}.")
     return tensors
+
+
+def _check_total(members: Sequence[zipfile.ZipInfo]) -> None:
+    """Bounds what a small file can unpack to; weights hardly shrink, but zeros do."""
+    packed, whole = (
+        sum(getattr(member, size) for member in members)
+        for size in ("compress_size", "file_size")
+    )
+    if whole > _LARGEST_RATIO * packed + _FREELY_UNPACKED:
+        raise ValueError(f"{packed} bytes must not unpack to {whole}")
 
 
 def _npy(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Tensor:

@@ -18,6 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 from snnk_jax.models._layers import Attention, Mlp, check_sizes
 from snnk_jax.typing import Dtype
 
+Mask = Bool[Array, "*b t"] | Int[Array, "*b t"]
+"""Which tokens count: True, or not 0 as Hugging Face's ``attention_mask``."""
+
 __all__ = ["Attention", "Bert", "BertConfig", "Block", "Embeddings", "Mlp", "Pooler"]
 
 # Turc et al., arXiv 1908.08962; MiniLM: Wang et al., arXiv 2002.10957.
@@ -225,7 +228,8 @@ class Bert(nnx.Module):
       rngs: random streams for the initial weights.
 
     Shapes: token ids ``[*batch, tokens]`` to ``[*batch, num_outputs]``, or to
-    ``[*batch, hidden_size]`` without a linear head.
+    ``[*batch, hidden_size]`` without a linear head. ``mask`` is True, or not 0, at the
+    tokens that count. Ids beyond the tables of the config give NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -289,7 +293,7 @@ class Bert(nnx.Module):
         self,
         tokens: Int[Array, "*b t"],
         token_types: Int[Array, "*b t"] | None = None,
-        mask: Bool[Array, "*b t"] | None = None,
+        mask: Mask | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*b t d"]:
@@ -305,6 +309,7 @@ class Bert(nnx.Module):
                     f"{name} must have the shape of tokens, {tokens.shape}. "
                     f"Got {other.shape}."
                 )
+        mask = None if mask is None else mask.astype(bool)
         x = self.embeddings(tokens, token_types, rngs=rngs)
         # nnx.remat, unlike jax.checkpoint, carries the count of rngs between blocks.
         apply = nnx.remat(_apply_block) if self.config.remat else _apply_block
@@ -316,7 +321,7 @@ class Bert(nnx.Module):
         self,
         tokens: Int[Array, "*b t"],
         token_types: Int[Array, "*b t"] | None = None,
-        mask: Bool[Array, "*b t"] | None = None,
+        mask: Mask | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*b d"]:
@@ -325,7 +330,7 @@ class Bert(nnx.Module):
         if self.config.pool == "mean":
             if mask is None:
                 return jnp.mean(x, axis=-2)
-            kept = mask[..., None].astype(x.dtype)
+            kept = mask.astype(bool)[..., None].astype(x.dtype)
             count = jnp.sum(kept, axis=-2)
             return jnp.sum(x * kept, axis=-2) / jnp.maximum(count, 1)
         first = x[..., 0, :]
@@ -335,7 +340,7 @@ class Bert(nnx.Module):
         self,
         tokens: Int[Array, "*b t"],
         token_types: Int[Array, "*b t"] | None = None,
-        mask: Bool[Array, "*b t"] | None = None,
+        mask: Mask | None = None,
         *,
         rngs: nnx.Rngs | None = None,
     ) -> Float[Array, "*b n"]:

@@ -117,9 +117,13 @@ class BertTokenizer:
             off (of a pair, that of the longer text). None: that of the longest text.
 
         Raises:
-          ValueError: if ``pairs`` are not as many as ``texts``, or ``length`` has no
-            room for a token beside the special ones.
+          ValueError: if ``texts`` or ``pairs`` are no lists of strings (one string is
+            none), ``pairs`` are not as many as ``texts``, or ``length`` has no room for
+            a token beside the special ones.
         """
+        for name, given in (("texts", texts), ("pairs", pairs)):
+            if given is not None:
+                _check_strings(name, given)
         special = 2 if pairs is None else 3
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(
@@ -145,6 +149,14 @@ class BertTokenizer:
             mask[row, : len(e.ids)] = True
         truncated = np.array([bool(e.overflowing) for e in encoded], bool)
         return Tokens(tokens, token_types, mask, truncated)
+
+
+def _check_strings(name: str, texts: Any) -> None:
+    """Refuses one string, whose letters would be taken for texts, and other things."""
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong or isinstance(texts, str):
+        found = wrong[0] if wrong else texts
+        raise ValueError(f"{name} must be a list of strings. Got {found!r}.")
 
 
 def _library() -> Any:

@@ -158,6 +158,8 @@ class Block(nnx.Module):
             nnx.LayerNorm,
             config.hidden_size,
             epsilon=config.layer_norm_eps,
+            # Like BERT's: E x^2 - (E x)^2 loses its digits where means are large.
+            use_fast_variance=False,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
@@ -235,6 +237,7 @@ class ViT(nnx.Module):
         self.norm = nnx.LayerNorm(
             config.hidden_size,
             epsilon=config.layer_norm_eps,
+            use_fast_variance=False,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,

@@ -119,7 +119,13 @@ def import_vit(
         else:
             fields = _read_config(path)
         check_overrides(overrides, _FREE)
-        pool = "cls" if naming.cls in checkpoint else "mean"
+        # Behind one position more than there are patches stands a class token, too,
+        # which is missing then.
+        positions = checkpoint.shape(naming.position) or ()
+        plain: dict[str, Any] = fields | {"pool": "mean"}
+        patches = ViTConfig(**plain).num_patches
+        more = len(positions) == 3 and positions[1] == patches + 1
+        pool = "cls" if more or naming.cls in checkpoint else "mean"
         asked = overrides.get("pool", fields.get("pool", pool))
         if asked != pool:
             raise ValueError(
@@ -292,6 +298,24 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     return fields | {"activation": activation}
 
 
+def _compare_npz(checkpoint: Checkpoint, depth: int) -> tuple[list[str], list[str]]:
+    """Names that an ``.npz`` file lacks or should not have, whatever the sizes are."""
+    positions = checkpoint.shape(_NPZ.position) or ()
+    more = len(positions) == 3 and math.isqrt(positions[1]) ** 2 + 1 == positions[1]
+    pool: Any = "cls" if more or _NPZ.cls in checkpoint else "mean"
+    names = ("hidden_size", "num_heads", "mlp_dim", "image_size", "patch_size")
+    ones: dict[str, Any] = dict.fromkeys(names, 1)
+    config = ViTConfig(**ones, depth=max(depth, 1), pool=pool)
+    needed = {source.name for source in _npz_sources(config).values()}
+    known = re.compile(f"{_NPZ.ignored}|{_NPZ.with_head}")
+    others = checkpoint.tensors.keys() - needed
+    missing = {name for name in needed if name not in checkpoint}
+    return (
+        sorted(name for name in missing if not name.startswith(_NPZ.head)),
+        sorted(name for name in others if not known.fullmatch(name)),
+    )
+
+
 def _npz_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     """The sizes that the shapes of an ``.npz`` file tell."""
     block = "Transformer/encoderblock_0"
@@ -301,6 +325,17 @@ def _npz_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
         f"{block}/MlpBlock_3/Dense_0/kernel",
         "Transformer/posembed_input/pos_embedding",
     )
+    layers = {
+        match.group(1)
+        for name in checkpoint.tensors
+        if (match := re.match(r"Transformer/encoderblock_(\d+)/", name))
+    }
+    if any(name not in checkpoint for name in names):
+        missing, unexpected = _compare_npz(checkpoint, len(layers))
+        raise ValueError(
+            f"weights must hold {', '.join(names)}, which tell the sizes. Got missing "
+            f"{missing}, unexpected {unexpected} in {checkpoint.where}."
+        )
     shapes: list[Any] = [checkpoint.shape(name) or () for name in names]
     if [len(shape) for shape in shapes] != [4, 3, 2, 3]:
         raise ValueError(
@@ -317,11 +352,6 @@ def _npz_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
             "the position embedding must be of a square grid, with a class token or "
             f"without; give config= for others. Got {position[1]} tokens."
         )
-    layers = {
-        match.group(1)
-        for name in checkpoint.tensors
-        if (match := re.match(r"Transformer/encoderblock_(\d+)/", name))
-    }
     return {
         "hidden_size": embedding[3],
         "depth": len(layers),

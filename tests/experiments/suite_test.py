@@ -134,9 +134,6 @@ def test_a_suite_runs_reports_and_repeats_nothing(tmp_path, capsys):
 
 
 def test_every_method_can_be_in_a_suite():
-    suite.check(
-        load_config("configs/bert_adapter.py:suite").copy_and_resolve_references()
-    )
     suite.check(make_config(methods=("snnk_leaky",)))
 
 

@@ -443,12 +443,19 @@ def test_config_of_another_architecture(tmp_path, key, value):
 
 
 def test_every_absent_size_is_listed(tmp_path):
-    absent = ["hidden_size", "layer_norm_eps", "vocab_size"]
+    absent = ["hidden_size", "vocab_size"]
     config = {key: value for key, value in CONFIG.items() if key not in absent}
     write(tmp_path, make_tensors(), config)
-    message = "Got hidden_size=None, vocab_size=None, layer_norm_eps=None"
+    message = "Got hidden_size=None, vocab_size=None"
     with pytest.raises(ValueError, match=message):
         load_bert(tmp_path)
+
+
+def test_an_absent_epsilon_is_that_of_hugging_face(tmp_path):
+    config = {k: v for k, v in CONFIG.items() if k != "layer_norm_eps"}
+    write(tmp_path, make_tensors(), config)
+    assert load_bert(tmp_path)[0].config.layer_norm_eps == 1e-12
+    assert load_bert(tmp_path, layer_norm_eps=1e-5)[0].config.layer_norm_eps == 1e-5
 
 
 # Infinity and NaN are what Python's json reads beyond the standard.

@@ -441,3 +441,16 @@ def test_split_and_merge_under_jit_compile_once():
     second = apply(jax.tree.map(lambda x: 2 * x, state), *inputs)
     assert traces == 1
     assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_a_mask_of_numbers_is_one_of_truths(pool):
+    """As Hugging Face's attention_mask."""
+    model = make_bert(pool=pool, attention_dropout_rate=0.5)
+    tokens, types, mask = make_inputs(3)
+    for dropout in (False, True):
+        outputs = [
+            model(tokens, types, m, rngs=nnx.Rngs(0) if dropout else None)
+            for m in (mask, mask.astype(int))
+        ]
+        np.testing.assert_array_equal(*outputs)

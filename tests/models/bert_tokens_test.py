@@ -202,3 +202,14 @@ def test_a_vocabulary_in_another_encoding_is_refused(path):
     path.write_bytes("[PAD]\nÄ".encode("latin1"))
     with pytest.raises(ValueError, match=r"text in UTF-8. Got .*vocab.txt"):
         BertTokenizer(path)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_list_of_strings_is_refused(path):
+    tokenizer = BertTokenizer(path)
+    with pytest.raises(ValueError, match="texts must be a list of strings. Got 'A dog"):
+        tokenizer("A dog.")
+    with pytest.raises(ValueError, match="texts must be a list of strings. Got None"):
+        tokenizer(["a", None])
+    with pytest.raises(ValueError, match="pairs must be a list of strings. Got 'b'"):
+        tokenizer(["a"], "b")

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import re
 import pathlib
 import zipfile
 
@@ -598,8 +599,35 @@ def test_npz_without_what_tells_its_sizes(tmp_path, name, value):
     del arrays[name]
     if value is not None:
         arrays[name] = value
-    with pytest.raises(ValueError, match=f"weights must hold .*{name}.* axes. Got"):
+    found = f"missing .'{name}'" if value is None else "the shapes"
+    with pytest.raises(ValueError, match=f"weights must hold .*{name}.* Got {found}"):
         import_vit(write_npz(tmp_path, arrays))
+
+
+def test_all_that_an_npz_lacks_is_listed_with_what_tells_its_sizes(tmp_path):
+    arrays = make_npz()
+    names = ["Transformer/encoder_norm/scale", "cls", "embedding/kernel"]
+    for name in names:
+        del arrays[name]
+    arrays["extra_thing"] = np.zeros(3, np.float32)
+    message = re.escape(f"missing {names}, unexpected ['extra_thing'] in")
+    with pytest.raises(ValueError, match=message):
+        import_vit(write_npz(tmp_path, arrays))
+
+
+def test_a_missing_class_token_is_called_missing(tmp_path):
+    arrays = make_npz()
+    del arrays["cls"]
+    with pytest.raises(ValueError, match=r"missing \['cls'\], unexpected \[\], missh"):
+        import_vit(write_npz(tmp_path, arrays))
+    tensors = make_hugging_face()
+    (token,) = [name for name in tensors if name.endswith("cls_token")]
+    del tensors[token]
+    write_hugging_face(tmp_path / "hf", tensors)
+    with pytest.raises(
+        ValueError, match=r"missing \['(vit.)?embeddings.cls_token'\], un"
+    ):
+        import_vit(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(

@@ -333,3 +333,26 @@ def test_split_and_merge_under_jit_compile_once():
     assert traces == 1
     assert np.abs(first - second).max() > 1e-3
     np.testing.assert_allclose(first, make_vit()(images), rtol=1e-5, atol=1e-6)
+
+
+def test_layer_norms_keep_their_digits_where_means_are_large():
+    config = ViTConfig(
+        **{"hidden_size": 64, "depth": 1, "num_heads": 2, "mlp_dim": 8},
+        **{"image_size": 4, "patch_size": 4, "layer_norm_eps": 1e-12},
+    )
+    model = ViT(config, rngs=nnx.Rngs(0))
+    x = 1000 + jax.random.normal(jax.random.key(0), (5, 64))
+    exact = np.float64(x) - np.mean(np.float64(x), -1, keepdims=True)
+    exact /= np.sqrt(np.mean(exact**2, -1, keepdims=True))
+    for norm in (model.norm, model.blocks[0].norm1, model.blocks[0].norm2):
+        np.testing.assert_allclose(norm(x), exact, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("dropout_rate", "0.1"), ("layer_norm_eps", None), ("layer_norm_eps", "1e-6")],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_that_are_none_are_refused(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be .* Got {value!r}"):
+        ViTConfig.preset("Ti/16", **{field: value})

@@ -861,3 +861,11 @@ def test_npz_weights_that_are_no_floats(npz, arrays, dtype):
     write_members(npz, members)
     with pytest.raises(ValueError, match=r"no floats \['cls "):
         import_vit(npz)
+
+
+def test_a_small_npz_that_unpacks_to_much_is_refused(tmp_path, npz):
+    zeros = {f"extra/{i}": np.zeros(2**22, np.float32) for i in range(6)}
+    np.savez_compressed(npz, **zeros)
+    assert npz.stat().st_size < 2**17
+    with pytest.raises(ValueError, match=r"must not unpack to 1\d{8}"):
+        import_vit(npz)
