@@ -1,8 +1,8 @@
 import dataclasses
 import io
 import json
-import re
 import pathlib
+import re
 import zipfile
 
 import jax
