@@ -158,6 +158,8 @@ def test_labels_that_the_task_does_not_have_are_refused(task, label, tmp_path):
         (gzip.compress(b"index" * 1000)[:-20], "must be whole gzipped text"),
         (gzip.compress("Ä".encode("latin1")), "must be whole gzipped text"),
     ],
+    # The bytes hold the second in which each worker made them.
+    ids=["no examples", "no gzip", "cut short", "no UTF-8"],
 )
 def test_files_without_text_are_refused_by_name(folder, content, message):
     rewrite(folder, content)
