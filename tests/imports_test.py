@@ -13,12 +13,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 CORE = {
     "typing": set(),
     "_files": set(),
+    "_arguments": set(),
     "testing": {"typing"},
     "activations": {"typing"},
     "projections": {"typing"},
     "kernels": {"typing", "activations"},
     "_samples": {"typing", "kernels"},
-    "features": {"typing", "activations", "projections", "kernels"},
+    "features": {"typing", "activations", "projections", "kernels", "_arguments"},
     "ops": {"typing", "kernels", "features"},
     "calibration": {
         *("typing", "activations", "kernels", "features", "ops", "ridge", "_samples"),
@@ -29,18 +30,19 @@ CORE = {
     },
     "bundling": {"typing", "kernels", "features", "ops", "calibration"},
     "ridge": {"typing", "activations"},
-    "infinite": {"typing", "activations", "projections", "ridge"},
+    "infinite": {"typing", "activations", "projections", "ridge", "_arguments"},
 }
 FLAX = {
     "nn": {
         *("typing", "activations", "projections", "features", "ops"),
         *("calibration", "diagnostics", "bundling", "surgery", "_samples"),
+        "_arguments",
     },
-    "surgery": {"typing"},
+    "surgery": {"typing", "_arguments"},
     "models": {"typing", "_files"},
     "adapters": {
         *("typing", "_files", "activations", "projections", "features", "nn"),
-        "surgery",
+        *("surgery", "_arguments"),
     },
     "compression": {
         *("typing", "activations", "kernels", "features", "ops", "calibration"),

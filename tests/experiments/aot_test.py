@@ -107,7 +107,7 @@ def test_stored_weights_give_the_sizes_only(tmp_path):
     path = tmp_path / "vit.safetensors"
     save_vit(path, ViT(sizes, rngs=nnx.Rngs(0)))
     assert read_config(path) == sizes
-    config = load_config("configs/vit_pretrain.py", {"model.weights": str(path)})
+    config = load_config("configs/vit_adapter.py", {"model.weights": str(path)})
     model = aot.without_weights(config).model
     assert not model.weights
     assert (model.hidden_size, model.depth, model.num_heads) == (24, 3, 2)

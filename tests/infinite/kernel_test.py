@@ -371,7 +371,7 @@ def test_wrong_layers_are_refused():
     with pytest.raises(ValueError, match="padding must be one of SAME, VALID, CIRC"):
         infinite.AvgPool((2, 2), padding="FULL")
     for bad in (0, 2.7, "2"):
-        with pytest.raises(ValueError, match=f"num must be a whole .* Got {bad}"):
+        with pytest.raises(ValueError, match=f"num must be a whole .* Got {bad!r}"):
             infinite.FanOut(bad)
     with pytest.raises(ValueError, match="layers must be at least one layer"):
         infinite.serial()
