@@ -87,9 +87,13 @@ class Checkpoints:
             )
         return state, record
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for running saves."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for running saves, and ends."""
+        self.wait()
         self._manager.close()
 
 

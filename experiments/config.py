@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.augment import AUGMENTATIONS
+from snnk_jax._arguments import is_real
 from snnk_jax.projections import gaussian_names
 
 
@@ -300,11 +301,16 @@ def check_base(config: ConfigDict) -> None:
             f"Got {config.methods} and {config.seeds}."
         )
     for key, seeds in (("seeds", config.seeds), ("sweep.seed", (config.sweep.seed,))):
-        if any(type(seed) is not int or not 0 <= seed < 2**32 for seed in seeds):
+        if not all(_is_seed(seed) for seed in seeds):
             raise ValueError(
                 f"config.{key} must be whole numbers of 0 to 2^32 - 1. Got {seeds}."
             )
     check_once("seeds", config.seeds)
+    if config.keep_best and config.eval_split != "val":
+        raise ValueError(
+            "config.eval_split must be 'val' with keep_best: a test split must not "
+            f"choose the model. Got {config.eval_split!r}."
+        )
 
 
 def check_once(key: str, values: Sequence[Any]) -> None:
@@ -313,8 +319,12 @@ def check_once(key: str, values: Sequence[Any]) -> None:
         raise ValueError(f"config.{key} must name each one once. Got {tuple(values)}.")
 
 
+def _is_seed(value: Any) -> bool:
+    return is_real(value) and 0 <= value < 2**32 and value == int(value)
+
+
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < float("inf")
+    return is_real(value) and 0 < value < float("inf")
 
 
 def check_training(config: ConfigDict) -> None:
@@ -349,11 +359,6 @@ def check_training(config: ConfigDict) -> None:
         raise ValueError(
             "config.export must be empty unless the last of config.methods leaves the "
             f"modules of the model as they are. Got {config.export!r} and {last!r}."
-        )
-    if config.keep_best and config.eval_split != "val":
-        raise ValueError(
-            "config.eval_split must be 'val' with keep_best: a test split must not "
-            f"choose the model. Got {config.eval_split!r}."
         )
     if config.together > 1 and (
         config.keep_best or config.resume or config.export or config.log.eval_every

@@ -261,10 +261,11 @@ def _run_several(shared: Shared, runs: Sequence[Run]) -> list[Trained]:
     found: dict[str, Trained] = {}
     for run_ in runs:
         folder = shared.root / run_.name
-        names = ("summary.json",) if size == 1 else ("summary.json", "result.json")
-        for name in names:
-            if (folder / name).is_file():
-                found[run_.name] = _read_result(shared, run_, folder / name)
+        if (folder / "summary.json").is_file():
+            found[run_.name] = _read_result(shared, run_, folder / "summary.json")
+        elif size > 1 and (folder / "result.json").is_file():
+            # Trained by itself; that writes its adapter if a stop came before it.
+            found[run_.name] = _run_one(shared, run_)
     left = [run_ for run_ in runs if run_.name not in found]
     for start in range(0, len(left), size):
         group = left[start : start + size]
@@ -356,15 +357,6 @@ def _read_result(shared: Shared, run_: Run, file: pathlib.Path) -> Trained:
             f"loss and norms must stay finite. Got others in {folder.name}; try a "
             "lower learning rate."
         )
-    if "adapter_bytes" not in result:  # of a run by itself
-        task = shared.task
-        counts = summary.count(_adapt(shared, run_.seed), task.trainable)
-        result |= {
-            "method": shared.method,
-            "title": task.title,
-            "counts": dataclasses.asdict(counts),
-            "adapter_bytes": (folder / "adapter.safetensors").stat().st_size,
-        }
     return shared.base, result | {"workdir": str(folder)}
 
 

@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 import snnk_jax as snnk
 from snnk_jax.models.bert import Bert, BertConfig
 from snnk_jax.models.vit import ViT, ViTConfig
-from snnk_jax.nn import Adapted, AdapterParam
-from snnk_jax.nn._counts import HEAD
+from snnk_jax.nn import HEAD, Adapted, AdapterParam
 
 Rules = list[snnk.SwapRule]
 

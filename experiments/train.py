@@ -308,6 +308,8 @@ def fit(
                 memory=memory,
                 base_fingerprint=base_fingerprint,
             )
+            # A result says that its checkpoint is there.
+            checkpoints.wait()
             if chief:
                 write_json(result_path, result)
             # A request that came with the last step is for the runs behind this one.

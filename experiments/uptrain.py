@@ -134,7 +134,7 @@ class _Study:
     @classmethod
     def open(cls, config: Any, workdir: pathlib.Path) -> "_Study":
         mesh = sharding_lib.make_mesh(config.mesh.axes)
-        seed = nnx.Rngs(params=config.seeds[0])
+        seed = nnx.Rngs(params=0)
         if config.uptrain.objective == "task":
             dataset = runner.load_data(config)
             base = tasks.build_model(config, dataset.num_classes, seed)
@@ -170,6 +170,7 @@ class _Study:
             keep_best=config.keep_best,
             objective=self.objective,
             loader=self.loader,
+            base_fingerprint=snnk.adapters.fingerprint(start),
         )
         after = {self.dataset.metric: result["score"]} | self.scores(model)
         size = snnk.compression.save(folder / "model.safetensors", model, self.base)

@@ -120,7 +120,7 @@ def swap_modules(
 
     Raises:
       ValueError: if a rule replaces nothing; the paths that exist are listed. Also if
-        a rule claims a module inside another claimed one, or builds no module.
+        a rule claims a module inside another claimed one, or builds nothing to call.
 
     Example:
       >>> import jax.numpy as jnp
@@ -139,6 +139,7 @@ def swap_modules(
       >>> bool((adapted(x) == model(x)).all())  # the identity at the start
       True
     """
+    rules = rules if isinstance(rules, SwapRule) else tuple(rules)
     if isinstance(rules, SwapRule) or not all(isinstance(r, SwapRule) for r in rules):
         raise ValueError(f"rules must be a list of SwapRule. Got {rules!r}.")
     claims: dict[str, SwapRule] = {}
@@ -176,9 +177,9 @@ def swap_modules(
         if name in claims
     }
     for name, module in built.items():
-        if not isinstance(module, nnx.Module):
+        if not isinstance(module, nnx.Pytree) and not callable(module):
             raise ValueError(
-                f"build must return an nnx.Module for {name}. Got {module!r}."
+                f"build must return a module or a function for {name}. Got {module!r}."
             )
 
     def replace(parts: Path, node: Any) -> Any:

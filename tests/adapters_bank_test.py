@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,3 +220,28 @@ def test_a_file_that_the_bank_could_not_write_is_refused(tmp_path):
     bank.load("bitfit", tmp_path / "bitfit")
     bank.replace("bitfit", bank["bitfit"])
     bank.save("bitfit", tmp_path / "again")
+
+
+def test_adapters_that_no_file_could_describe_can_be_replaced():
+    relu = dataclasses.replace(snnk.activations.get("relu"), name="mine")
+
+    def own(module, rngs):
+        adapter = snnk.nn.BottleneckAdapter(8, 2, activation=relu, rngs=rngs)
+        return snnk.nn.Adapted(module, adapter)
+
+    bank = AdapterBank(Model(nnx.Rngs(0)))
+    model = bank.add("a", [snnk.SwapRule(path="body", build=own)], rngs=nnx.Rngs(1))
+    bank.replace("a", train(model, 0.1))
+
+
+def test_a_base_with_a_wrapper_of_its_own_shares_its_arrays():
+    base = Model(nnx.Rngs(0))
+    base.head = nnx.Linear(8, 3, rngs=nnx.Rngs(1))
+    base.body = nnx.LoRA(6, 2, 8, base_module=base.body, rngs=nnx.Rngs(2))
+    bank = AdapterBank(base)
+    model = bank.add("a", RULES, rngs=nnx.Rngs(1))
+    graphdef, state = nnx.split(model)
+    bank.replace("a", nnx.merge(graphdef, jax.tree.map(jnp.copy, state)))
+    kept = bank["a"].body.base_module
+    assert kept.base_module.kernel[...] is base.body.base_module.kernel[...]
+    assert kept.lora_a[...] is base.body.lora_a[...]

@@ -191,3 +191,12 @@ def test_a_change_is_added_before_it_is_rounded():
     exact = np.float64(linear.kernel[...]) + change
     expected = jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16)
     np.testing.assert_array_equal(merged.kernel[...], expected)
+
+
+def test_a_base_and_an_adapter_of_different_16_bits():
+    linear = nnx.Linear(6, 8, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    for adapter in (
+        snnk.nn.VeRA(linear, 4, param_dtype=jnp.float16, rngs=nnx.Rngs(1)),
+        snnk.nn.Scaled(linear, "output", param_dtype=jnp.float16),
+    ):
+        assert adapters.merge_adapters(nnx.Sequential(adapter))[1].max_error == 0

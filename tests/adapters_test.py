@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import snnk_jax as snnk
 from snnk_jax import adapters
-from snnk_jax._files import write_record
+from snnk_jax._files import read_record, write_record
 from snnk_jax.models.vit import ViT, ViTConfig
 from snnk_jax.nn import Adapted, AdapterParam
 from snnk_jax.testing import call
@@ -709,7 +709,9 @@ def test_a_map_of_ones_own_is_not_rebuilt_as_its_namesake(tmp_path):
         train_head=False,
     )
     save(tmp_path / "a", base, model)
-    with pytest.raises(ValueError, match="features must be a known .*ArcCosine'"):
+    with pytest.raises(
+        ValueError, match="features must be a known .*custom:ArcCosine'"
+    ):
         adapters.load_adapter(tmp_path / "a", base)
     np.testing.assert_array_equal(
         call(adapters.load_adapter(tmp_path / "a", model), ROWS), call(model, ROWS)
@@ -773,3 +775,31 @@ def test_the_plain_model_of_a_loaded_task_can_be_saved(tmp_path):
         value.lora_b[...] += 1.0
     save_vit(tmp_path / "vit.safetensors", adapters.merge_adapters(loaded)[0])
     assert load_vit(tmp_path / "vit.safetensors").head.out_features == 3
+
+
+def test_files_with_statistics_in_bfloat16_are_read(tmp_path):
+    """As adapters of that dtype had them at first."""
+    base = Small(dtype=jnp.bfloat16)
+    model = small(
+        lambda m, rngs: Adapted(
+            m,
+            snnk.nn.SNNKAdapter(
+                *(8,), features=ARC, standardize=True, param_dtype="bfloat16", rngs=rngs
+            ),
+        ),
+        base,
+        train_head=False,
+    )[1]
+    mean = model.fc.adapter.statistics[0]
+    mean[...] = jnp.arange(8, dtype=jnp.float32)
+    save(tmp_path / "a", base, model)
+    record, arrays = read_record(tmp_path / "a", "", "", "snnk_jax.adapter.1")
+    old = {
+        name: value.astype(jnp.bfloat16) if "statistics" in name else value
+        for name, value in arrays.items()
+    }
+    write_record(tmp_path / "a", record, old)
+    loaded = adapters.load_adapter(tmp_path / "a", base)
+    found = loaded.fc.adapter.statistics[0]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found[...], mean[...])

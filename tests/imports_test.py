@@ -39,7 +39,7 @@ FLAX = {
         "_arguments",
     },
     "surgery": {"typing", "_arguments"},
-    "models": {"typing", "_files"},
+    "models": {"typing", "_files", "_arguments"},
     "adapters": {
         *("typing", "_files", "activations", "projections", "features", "nn"),
         *("surgery", "_arguments"),

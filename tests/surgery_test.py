@@ -143,10 +143,11 @@ def test_rules_that_could_not_work_are_refused(vit):
         ValueError, match=r"path must be a regular expression. Got '\('"
     ):
         snnk.find_modules(vit, "(")
+    good = (snnk.SwapRule(path=f"blocks/{i}/mlp", build=wrap) for i in (1, 2))
+    _, report = snnk.swap_modules(vit, good, rngs=nnx.Rngs(0))
+    assert list(report.matched) == ["blocks/1/mlp", "blocks/2/mlp"]
     rule = snnk.SwapRule(path="blocks/3/mlp", build=lambda module, rngs: None)
-    with pytest.raises(
-        ValueError, match="return an nnx.Module for blocks/3/mlp. Got N"
-    ):
+    with pytest.raises(ValueError, match="return a module .* blocks/3/mlp. Got N"):
         snnk.swap_modules(vit, [rule], rngs=nnx.Rngs(0))
     for rules in (rule, ["blocks/3/mlp"]):
         with pytest.raises(ValueError, match="rules must be a list of SwapRule. Got"):

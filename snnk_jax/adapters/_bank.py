@@ -109,7 +109,7 @@ class AdapterBank:
                 f"model must have the base's parameters, fingerprint "
                 f"{self._fingerprint}. Got {found}."
             )
-        base = {path: variable[...] for path, variable in held(self._base)}
+        base = {base_name(path): variable[...] for path, variable in held(self._base)}
         graphdef, state = nnx.split(model)
         flat = []
         for parts, variable in nnx.to_flat_state(state):

@@ -74,10 +74,10 @@ def describe_features(fm: features_lib.FeatureMap) -> dict[str, Any]:
         for f in dataclasses.fields(fm)
         if f.init
     }
-    kind = type(fm)
-    known = getattr(features_lib, kind.__name__, None) is kind
-    # A map of one's own may have the name of another one.
-    name = kind.__name__ if known else f"{kind.__module__}.{kind.__qualname__}"
+    name = type(fm).__name__
+    # A map of one's own may have the name of one of ours.
+    if getattr(features_lib, name, type(fm)) is not type(fm):
+        name = f"custom:{name}"
     return {"kind": name, "fields": fields}
 
 

@@ -90,13 +90,15 @@ def save_adapter(
     for what, pattern in (("exclude", exclude), ("trained", trained)):
         if pattern is not None:
             check_pattern(what, pattern)
-    if not re.fullmatch("[0-9a-f]{64}", base_fingerprint):
+    mark: Any = base_fingerprint
+    if not isinstance(mark, str) or not re.fullmatch("[0-9a-f]{64}", mark):
         raise ValueError(
             "base_fingerprint must be what snnk_jax.adapters.fingerprint returns. "
             f"Got {base_fingerprint!r}."
         )
     check_metadata(metadata)
     modules = describe_modules(model)
+    json.dumps(modules, default=_refuse)
     arrays = _trained_arrays(model, modules, base_fingerprint, trained, exclude)
     for parts, variable in nnx.to_flat_state(nnx.state(model, InputStatistic)):
         arrays[path_name(parts)] = np.asarray(variable[...])
@@ -162,6 +164,7 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
     graphdef, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     names = {path_name(parts): parts for parts in flat}
+    statistics = {n for n, p in names.items() if isinstance(flat[p], InputStatistic)}
     misshapen = [
         f"{name} {stored} instead of {own}"
         for name in sorted(arrays.keys() & names.keys())
@@ -169,7 +172,8 @@ def load_adapter(path: str | os.PathLike[str], base_model: nnx.Module) -> Any:
             (arrays[name].shape, flat[names[name]].shape),
             (arrays[name].dtype, flat[names[name]].dtype),
         )
-        if stored != own
+        # Adapters in bfloat16 had statistics of that dtype at first.
+        if stored != own and not (name in statistics and stored == jnp.bfloat16)
     ]
     # Not before the sizes are known to be those of the stored arrays.
     arrays = arrays | ({} if misshapen else drawn_arrays(model, record))
@@ -364,13 +368,12 @@ def describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
     ``at`` is the place in the base model. An adapter of a kind that is not listed is
     left out: such a file loads into a model that has the adapter already.
     """
-    described = []
-    for name, module in find_modules(model).items():
-        spec = describe(module) if name else None
-        if spec is not None:
-            json.dumps(spec, default=_refuse)
-            described.append({"at": base_name(name)} | spec)
-    return described
+    specs = {name: describe(module) for name, module in find_modules(model).items()}
+    return [
+        {"at": base_name(name)} | spec
+        for name, spec in specs.items()
+        if name and spec is not None
+    ]
 
 
 def _check_settings(model: nnx.Module, specs: list[dict[str, Any]]) -> None:

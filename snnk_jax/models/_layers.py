@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from snnk_jax._arguments import is_real
 from snnk_jax.typing import Dtype
 
 GELUS = {
@@ -138,10 +139,10 @@ def check_sizes(config: Any, positive: tuple[str, ...], rates: tuple[str, ...]) 
         raise ValueError(f"remat must be true or false. Got {config.remat!r}.")
     for name in rates:
         rate = getattr(config, name)
-        if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+        if not is_real(rate) or not 0.0 <= rate < 1.0:
             raise ValueError(f"{name} must be in [0, 1). Got {rate!r}.")
     eps = config.layer_norm_eps
-    if not isinstance(eps, int | float) or not 0.0 <= eps < float("inf"):
+    if not is_real(eps) or not 0.0 <= eps < float("inf"):
         raise ValueError(
             f"layer_norm_eps must be finite and not negative. Got {eps!r}."
         )

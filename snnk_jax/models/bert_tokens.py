@@ -121,9 +121,8 @@ class BertTokenizer:
             none), ``pairs`` are not as many as ``texts``, or ``length`` has no room for
             a token beside the special ones.
         """
-        for name, given in (("texts", texts), ("pairs", pairs)):
-            if given is not None:
-                _check_strings(name, given)
+        texts = _strings("texts", texts)
+        pairs = None if pairs is None else _strings("pairs", pairs)
         special = 2 if pairs is None else 3
         if pairs is not None and len(pairs) != len(texts):
             raise ValueError(
@@ -137,7 +136,7 @@ class BertTokenizer:
             tokenizer.no_truncation()
         else:
             tokenizer.enable_truncation(length)
-        batch = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+        batch: Any = texts if pairs is None else list(zip(texts, pairs, strict=True))
         encoded = tokenizer.encode_batch(batch)
         width = length or max((len(e.ids) for e in encoded), default=special)
         tokens = np.full((len(encoded), width), self._pad, np.int32)
@@ -151,12 +150,15 @@ class BertTokenizer:
         return Tokens(tokens, token_types, mask, truncated)
 
 
-def _check_strings(name: str, texts: Any) -> None:
+def _strings(name: str, texts: Any) -> list[str]:
     """Refuses one string, whose letters would be taken for texts, and other things."""
-    wrong = [text for text in texts if not isinstance(text, str)]
+    held = [texts] if isinstance(texts, str) else list(texts)
+    wrong = [text for text in held if not isinstance(text, str)]
     if wrong or isinstance(texts, str):
-        found = wrong[0] if wrong else texts
-        raise ValueError(f"{name} must be a list of strings. Got {found!r}.")
+        raise ValueError(
+            f"{name} must be a list of strings. Got {(wrong or held)[0]!r}."
+        )
+    return held
 
 
 def _library() -> Any:

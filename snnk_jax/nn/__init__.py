@@ -7,6 +7,7 @@ from snnk_jax.nn._bundle import BundledStack as BundledStack
 from snnk_jax.nn._bundle import FoldedFeatures as FoldedFeatures
 from snnk_jax.nn._bundle import StackReport as StackReport
 from snnk_jax.nn._bundle import bundle_stack as bundle_stack
+from snnk_jax.nn._counts import HEAD as HEAD
 from snnk_jax.nn._counts import ParameterCounts as ParameterCounts
 from snnk_jax.nn._counts import count_parameters as count_parameters
 from snnk_jax.nn._counts import parameter_groups as parameter_groups

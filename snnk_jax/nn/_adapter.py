@@ -1,6 +1,5 @@
 """Adapters: small trained modules behind a frozen one."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from snnk_jax import activations
-from snnk_jax._arguments import check_size
+from snnk_jax._arguments import check_number, check_size
 from snnk_jax.features import FeatureMap
 from snnk_jax.features._base import accumulation_dtype
 from snnk_jax.nn._arguments import (
@@ -39,8 +38,7 @@ class Adapted(nnx.Module):
 
     Raises:
       ValueError: if the module or the adapter cannot be called; if the adapter cannot
-        stand beside a module, when it is made or, for want of width, when it is called;
-        and, when it is called, if the module returns no array.
+        stand beside a module, when it is made or, for want of width, when it is called.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,19 +68,15 @@ class Adapted(nnx.Module):
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         # The only place that passes arguments through: it stands in for any module.
         y: Any = self.base_module(x, *args, **kwargs)
-        if not hasattr(y, "shape"):
-            raise ValueError(
-                "a module with an adapter must return one array. Got "
-                f"{type(y).__name__} of {type(self.base_module).__name__}."
-            )
         if not self.parallel:
             return self.adapter(y)
         adapter: Any = self.adapter
         delta = adapter.delta(x)
-        if delta.shape != y.shape:
+        shape = getattr(y, "shape", f"a {type(y).__name__}")
+        if delta.shape != shape:
             raise ValueError(
                 "a parallel adapter must have the shape of what it is added to, "
-                f"{y.shape}. Got {delta.shape}."
+                f"{shape}. Got {delta.shape}."
             )
         return y + delta.astype(y.dtype)
 
@@ -271,8 +265,7 @@ class BottleneckAdapter(nnx.Module):
         check_rngs(rngs)
         dim = check_size("dim", dim)
         bottleneck = check_size("bottleneck", bottleneck)
-        if not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ValueError(f"scale must be a finite number. Got {scale!r}.")
+        scale = check_number("scale", scale)
         dtype = float_dtype("dtype", dtype)
         param_dtype = float_dtype("param_dtype", param_dtype)
         self.dim = dim

@@ -43,10 +43,16 @@ def float_dtype(what: str, dtype: Any) -> Any:
     return known
 
 
+def check_width(x: Array, dim: int) -> None:
+    """Raises ValueError for inputs of another width: one of 1 would be broadcast."""
+    shape = getattr(x, "shape", None)
+    if not shape or shape[-1] != dim:
+        found = type(x).__name__ if shape is None else f"shape {shape}"
+        raise ValueError(f"inputs must be an array of width {dim}. Got {found}.")
+
+
 def check_inputs(x: Array, dim: int) -> None:
-    """Raises ValueError for inputs of another width, and for whole numbers."""
-    if x.ndim < 1 or x.shape[-1] != dim or not jnp.issubdtype(x.dtype, np.floating):
-        raise ValueError(
-            f"inputs must be floating-point and of width {dim}. "
-            f"Got {x.dtype} of shape {x.shape}."
-        )
+    """The same, and for what is not floating-point."""
+    check_width(x, dim)
+    if not jnp.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"inputs must be floating-point. Got {x.dtype}.")

@@ -2,8 +2,11 @@
 
 from typing import Any, TypeGuard
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from snnk_jax.features._base import accumulation_dtype
 from snnk_jax.typing import Array, Float
 
 
@@ -33,6 +36,15 @@ def check_plain(what: str, module: Any) -> None:
             f"{what} must be an nnx.Linear with the call of that class and a kernel of "
             f"two axes. Got {type(module).__name__}{shape}."
         )
+
+
+def wider(a: Any, b: Any) -> Any:
+    """A dtype in which numbers of both are themselves; float32 for two of 16 bits.
+
+    NumPy's, which the switch for strict promotion leaves alone.
+    """
+    a, b = jnp.dtype(a), jnp.dtype(b)
+    return a if a == b else np.promote_types(*map(accumulation_dtype, (a, b)))
 
 
 def sample_rows(x: Float[Array, "*b d"], linear: nnx.Linear) -> Float[Array, "n d"]:

@@ -8,14 +8,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from snnk_jax import projections
 from snnk_jax._arguments import check_size
 from snnk_jax.features._base import accumulation_dtype
-from snnk_jax.nn._arguments import check_inputs, check_rngs, float_dtype
-from snnk_jax.nn._linear import check_plain
+from snnk_jax.nn._arguments import check_rngs, check_width, float_dtype
+from snnk_jax.nn._linear import check_plain, wider
 from snnk_jax.nn._projection import Drawn, projection_key
 from snnk_jax.nn._variables import AdapterParam
 from snnk_jax.typing import Array, Dtype, Float, Params, PRNGKeyArray
@@ -86,8 +85,7 @@ class DoRA(nnx.Module):
         """``W + A B`` and what its columns are multiplied by."""
         kernel = self.base_module.kernel[...]
         change = jnp.matmul(self.down[...], self.up[...])
-        # NumPy's, which the switch for strict promotion leaves alone.
-        wide = np.promote_types(kernel.dtype, change.dtype)
+        wide = wider(kernel.dtype, change.dtype)
         changed = kernel.astype(wide) + change.astype(wide)
         # Rounded like those they are compared with: equal at the start.
         norms = jax.lax.stop_gradient(_column_norms(changed, self.param_dtype))
@@ -97,7 +95,7 @@ class DoRA(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
         base = self.base_module
-        check_inputs(x, base.in_features)
+        check_width(x, base.in_features)
         changed, scale = self._direction()
         dtype = base.dtype or jnp.promote_types(x.dtype, base.kernel.dtype)
         wanted = base.preferred_element_type
@@ -210,7 +208,7 @@ class VeRA(nnx.Module):
         self.outer = AdapterParam(jnp.zeros((outputs,), param_dtype))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
-        check_inputs(x, self.base_module.in_features)
+        check_width(x, self.base_module.in_features)
         y = self.base_module(x)
         values = {k: v.astype(y.dtype) for k, v in self.basis.params.items()}
         z = jnp.matmul(x.astype(y.dtype), values["down"])
@@ -274,8 +272,11 @@ class Scaled(nnx.Module):
         self.scale = AdapterParam(jnp.ones((dim,), param_dtype))
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b o"]:
-        check_inputs(x, self.base_module.in_features)
+        check_width(x, self.base_module.in_features)
         if self.where == "input":
+            # Whole numbers, of one-hot inputs say, take the dtype of the factors.
+            real = jnp.issubdtype(x.dtype, jnp.inexact)
+            x = x if real else x.astype(self.scale.dtype)
             return self.base_module(x * _row(self.scale[...].astype(x.dtype), x))
         y = self.base_module(x)
         return y * _row(self.scale[...].astype(y.dtype), y)
@@ -287,7 +288,7 @@ class Scaled(nnx.Module):
 
         def product(a: Array, b: Array) -> Array:
             """Rounded once, to the dtype of the base."""
-            wide = np.promote_types(a.dtype, b.dtype)
+            wide = wider(a.dtype, b.dtype)
             return (a.astype(wide) * b.astype(wide)).astype(a.dtype)
 
         if self.where == "input":
@@ -305,8 +306,7 @@ def add_change(
     kernel: Float[Array, "d o"], change: Float[Array, "d o"]
 ) -> Float[Array, "d o"]:
     """A kernel with its change, rounded once, to the dtype of the kernel."""
-    # NumPy's, which the switch for strict promotion leaves alone.
-    wide = np.promote_types(kernel.dtype, change.dtype)
+    wide = wider(kernel.dtype, change.dtype)
     return (kernel.astype(wide) + change.astype(wide)).astype(kernel.dtype)
 
 

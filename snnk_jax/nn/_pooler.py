@@ -4,7 +4,6 @@ import re
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from snnk_jax.bundling import merge_bias, merge_readout
@@ -13,7 +12,7 @@ from snnk_jax.features import FeatureMap
 from snnk_jax.features._towers import TowerFeatures
 from snnk_jax.nn._arguments import float_dtype
 from snnk_jax.nn._dense import SNNKDense
-from snnk_jax.nn._linear import is_plain, sample_rows
+from snnk_jax.nn._linear import is_plain, sample_rows, wider
 from snnk_jax.nn._mlp import SNNKMlp
 from snnk_jax.surgery import SwapRule, find_modules, swap_modules
 from snnk_jax.typing import Array, Float
@@ -201,7 +200,7 @@ def merge_pooler(
             f"{old.dtype}."
         )
     # The products are stored as accurately as the wider of their factors.
-    wide = np.promote_types(old.readout.dtype, linear.kernel.dtype)
+    wide = wider(old.readout.dtype, linear.kernel.dtype)
     own = None if old.bias is None else old.bias[...].astype(wide)
     behind = None if linear.bias is None else linear.bias[...]
     bias = merge_bias(own, linear.kernel[...], behind)

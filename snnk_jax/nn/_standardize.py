@@ -13,9 +13,6 @@ from snnk_jax.nn._variables import InputStatistic
 from snnk_jax.surgery import find_modules, path_name
 from snnk_jax.typing import Array
 
-# Deviations below this many units in the last place of the mean are rounding.
-_ULPS = 4
-
 
 class _Measuring(nnx.Module):
     """Stands in for an adapter and measures the inputs of all its calls."""
@@ -39,8 +36,9 @@ class _Measuring(nnx.Module):
         offset = jnp.sum(weight * (z - row[None]), 0) / count
         mean = row + offset
         variance = jnp.sum(weight * (z - row[None] - offset[None]) ** 2, 0) / count
-        # Of what is only rounding of the inputs nothing is to be made.
-        rounding = _ULPS * float(jnp.finfo(x.dtype).eps) * jnp.abs(mean)
+        # Values of one or two units in the last place are rounding: nothing is to be
+        # made of it.
+        rounding = float(jnp.finfo(x.dtype).eps) * jnp.abs(mean)
         variance = jnp.where(jnp.sqrt(variance) > rounding, variance, 0)
         count, mean, variance = (
             a.astype(self.mean.dtype) for a in (count, mean, variance)
@@ -136,16 +134,18 @@ def standardize(
 
     taps = nnx.recursive_map(blank, nnx.clone(model))
     graphdef, state = nnx.split(taps)
-    # Random streams among the keyword arguments are used up inside of the program.
-    options, values = nnx.split(kwargs)
+    # Random streams are used up inside of the program.
+    streams = {k: v for k, v in kwargs.items() if isinstance(v, nnx.Rngs)}
+    options = {k: v for k, v in kwargs.items() if k not in streams}
+    streamdef, words = nnx.split(streams)
 
     @jax.jit
-    def measure(state: Any, args: Any, values: Any) -> Any:
+    def measure(state: Any, args: Any, words: Any) -> Any:
         model = nnx.merge(graphdef, state, copy=True)
-        model(*args, **nnx.merge(options, values, copy=True))
+        model(*args, **options, **nnx.merge(streamdef, words, copy=True))
         return nnx.state(model, InputStatistic)
 
-    measured = measure(state, args, values)
+    measured = measure(state, args, words)
     called = [
         leaf
         for path, leaf in nnx.to_flat_state(measured)

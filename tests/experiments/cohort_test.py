@@ -163,6 +163,24 @@ def test_a_run_that_diverged_is_not_tried_again(tmp_path, monkeypatch):
     runner.run(config, tmp_path)
     found = json.loads((tmp_path / "sweep/full-lr1e+38/summary.json").read_text())
     assert found["diverged"]
-    monkeypatch.setattr(train, "fit", lambda *a, name, **k: pytest.fail(name))
-    with pytest.raises(pytest.fail.Exception, match="full-lr0.001"):
-        runner.run(config, tmp_path)
+    names, real = [], train.fit
+
+    def noted(*rest, name, **options):
+        names.append(name)
+        return real(*rest, name=name, **options)
+
+    monkeypatch.setattr(train, "fit", noted)
+    runner.run(config, tmp_path)
+    assert names == ["full-lr0.001", "full-lr0.001-seed0"]
+
+
+def test_a_run_whose_adapter_is_not_written_is_finished_alone(tmp_path, monkeypatch):
+    """A stop may come between the two files."""
+    options = {"methods": ("houlsby",), "seeds": (0, 1)}
+    (first, _) = runner.run(quick(**options), tmp_path)
+    adapter = pathlib.Path(first["workdir"]) / "adapter.safetensors"
+    data = adapter.read_bytes()
+    adapter.unlink()
+    again = runner.run(quick(**options, together=2), tmp_path)
+    assert adapter.read_bytes() == data
+    assert again[0]["score"] == first["score"]

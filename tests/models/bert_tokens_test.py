@@ -211,5 +211,8 @@ def test_what_is_no_list_of_strings_is_refused(path):
         tokenizer("A dog.")
     with pytest.raises(ValueError, match="texts must be a list of strings. Got None"):
         tokenizer(["a", None])
+    texts = ("a", "b a")
+    given = (text for text in texts)
+    assert tokenizer(given).tokens.tolist() == tokenizer(texts).tokens.tolist()
     with pytest.raises(ValueError, match="pairs must be a list of strings. Got 'b'"):
         tokenizer(["a"], "b")

@@ -273,9 +273,19 @@ def test_inputs_that_do_not_fit_are_refused():
         snnk.nn.BottleneckAdapter(8, 2, rngs=nnx.Rngs(0)),
     ):
         for x in (jnp.ones((2, 1)), jnp.ones((2, 9)), jnp.ones((2, 8), int)):
-            with pytest.raises(ValueError, match="inputs must be floating.* width 8"):
+            with pytest.raises(
+                ValueError, match="inputs must be (an array of width 8|float)"
+            ):
                 adapter(x)
     pair = nnx.Sequential(lambda x: (x, x))
-    adapted = snnk.nn.Adapted(pair, snnk.nn.BottleneckAdapter(8, 2, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="must return one array. Got tuple of Seq"):
-        adapted(jnp.ones((2, 8)))
+    adapter = snnk.nn.BottleneckAdapter(8, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="an array of width 8. Got tuple"):
+        snnk.nn.Adapted(pair, adapter)(jnp.ones((2, 8)))
+    with pytest.raises(ValueError, match="what it is added to, a tuple. Got"):
+        snnk.nn.Adapted(pair, adapter, parallel=True)(jnp.ones((2, 8)))
+
+
+def test_a_module_that_returns_more_may_have_an_adapter_of_its_own():
+    pair = nnx.Sequential(lambda x: (x, {"times": 3}))
+    adapted = snnk.nn.Adapted(pair, nnx.Sequential(lambda y: y[0] * y[1]["times"]))
+    np.testing.assert_array_equal(adapted(jnp.ones((2, 8))), 3 * jnp.ones((2, 8)))

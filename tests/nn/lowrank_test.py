@@ -255,5 +255,16 @@ def test_scaling_is_merged_with_one_rounding(where):
 def test_inputs_of_another_width_are_refused(name):
     adapter = KINDS[name](make_linear())
     for width in (1, DIM + 1):
-        with pytest.raises(ValueError, match=f"inputs must be .* width {DIM}. Got"):
+        with pytest.raises(
+            ValueError, match=f"inputs must be an array of width {DIM}. Got"
+        ):
             adapter(jnp.ones((2, width)))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_whole_numbers_are_inputs_as_of_a_linear(name):
+    adapter = scrambled(name, make_linear())
+    x = jnp.eye(DIM, dtype=int)
+    with jax.numpy_dtype_promotion("standard"):  # nnx.Linear needs it too
+        found = adapter(x)
+    np.testing.assert_allclose(found, adapter(x.astype(float)), rtol=1e-6)

@@ -148,10 +148,19 @@ def test_rounding_of_a_constant_coordinate_is_no_deviation(value):
     mean, deviation = adapter.statistics
     assert float(mean[3]) == pytest.approx(value)
     assert float(deviation[3]) == 1
-    # One that moves by a few units in the last place is none either.
-    ulps = jnp.asarray([0, 2e-7, -1e-7])[jnp.arange(512) % 3]
-    adapter = snnk.nn.standardize(make_adapter(), x.at[:, 3].set(value * (1 + ulps)))
+    # One that moves by a unit in the last place is none either.
+    moved = np.nextafter(np.float32(value), 2 * value)
+    values = jnp.where(jnp.arange(512) % 3, jnp.float32(value), moved)
+    adapter = snnk.nn.standardize(make_adapter(), x.at[:, 3].set(values))
     assert float(adapter.statistics[1][3]) == 1
+
+
+@pytest.mark.parametrize(("mean", "std"), [(10, 0.25), (15.5, 0.42), (-40, 1.1)])
+def test_deviations_of_large_means_in_bfloat16_are_measured(mean, std):
+    x = mean + std * jax.random.normal(jax.random.key(0), (4096, DIM))
+    x = x.astype(jnp.bfloat16)
+    deviation = snnk.nn.standardize(make_adapter(), x).statistics[1]
+    np.testing.assert_allclose(deviation[...], np.std(np.float32(x), axis=0), rtol=1e-3)
 
 
 def test_small_deviations_far_from_zero_are_measured():
@@ -167,6 +176,20 @@ def test_storage_in_bfloat16_does_not_round_the_inputs():
     assert adapter.statistics[0].dtype == jnp.float32
     # Rounded to 8 bits, most of the rows would be one and the same.
     assert len(np.unique(np.asarray(adapter.phi(x), np.float32), axis=0)) > 250
+
+
+def test_options_that_are_no_streams_stay_what_they_are():
+    class Repeated(nnx.Module):
+        def __init__(self):
+            self.adapter = make_adapter()
+
+        def __call__(self, x, *, times):
+            for _ in range(int(times)):
+                x = self.adapter(x)
+            return x
+
+    model = snnk.nn.standardize(Repeated(), samples(), times=np.array(2))
+    assert float(model.adapter.statistics[1][0]) > 0.5
 
 
 def test_random_streams_may_be_among_the_options():
