@@ -111,11 +111,6 @@ def run(
         )
     workdirs.claim(workdir, config)
     dataset = load_data(config)
-    if config.together > 1 and jax.process_count() > 1:
-        raise ValueError(
-            "config.together must be 1 for several processes. "
-            f"Got {config.together} and {jax.process_count()} processes."
-        )
     mesh = sharding_lib.make_mesh(config.mesh.axes)
     chief = jax.process_index() == 0
     environment = workdirs.describe_environment()

@@ -107,6 +107,20 @@ def interrupted_after(dataset, batches):
     return dataclasses.replace(dataset, train=Failing())
 
 
+def terminating(split):
+    """A split that is told to stop whenever it is read."""
+
+    class Terminating:
+        def __len__(self):
+            return len(split)
+
+        def __getitems__(self, rows):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return split.__getitems__(rows)
+
+    return Terminating()
+
+
 # Augmentations.
 
 
@@ -287,18 +301,13 @@ def test_a_run_killed_before_its_result_is_completed(fit, tmp_path):
 def test_sigterm_saves_and_the_run_goes_on(fit, dataset, tmp_path):
     trained, _ = fit(folder="whole")
 
-    class Terminating:
-        def __len__(self):
-            return len(dataset.train)
-
-        def __getitems__(self, rows):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return dataset.train.__getitems__(rows)
-
     handler = signal.getsignal(signal.SIGTERM)
     recipe = dataclasses.replace(RECIPE, checkpoint_every=0)
     with pytest.raises(train.Preempted, match=r"stopped at step \d, state saved"):
-        fit(recipe, dataset=dataclasses.replace(dataset, train=Terminating()))
+        fit(
+            recipe,
+            dataset=dataclasses.replace(dataset, train=terminating(dataset.train)),
+        )
     assert signal.getsignal(signal.SIGTERM) is handler
     assert 1 <= max(losses(tmp_path / "run")) < RECIPE.steps
     resumed, _ = fit(recipe)
@@ -436,18 +445,9 @@ def test_checkpoints_are_bounded(fit, tmp_path):
 def test_a_stop_that_comes_with_the_last_step_stops_the_runs_behind(
     fit, dataset, tmp_path
 ):
-    class Terminating:
-        """Scored after the last step only."""
-
-        def __len__(self):
-            return len(dataset.val)
-
-        def __getitems__(self, rows):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return dataset.val.__getitems__(rows)
-
+    # Scored after the last step only.
     recipe = dataclasses.replace(RECIPE, steps=2, eval_every=0)
-    stopped = dataclasses.replace(dataset, val=Terminating())
+    stopped = dataclasses.replace(dataset, val=terminating(dataset.val))
     with pytest.raises(train.Preempted, match="run has finished, result saved"):
         fit(recipe, dataset=stopped, name="run")
     assert (tmp_path / "run" / "result.json").is_file()
