@@ -94,8 +94,7 @@ report.matched
 # former.
 
 # %%
-head = nnx.All(nnx.Param, nnx.PathContains("head"))
-trainable = nnx.Any(snnk.nn.AdapterParam, head)
+trainable = nnx.Any(snnk.nn.AdapterParam, snnk.nn.HEAD)
 graphdef, params, frozen = nnx.split(model, trainable, ...)
 count = sum(leaf.size for leaf in jax.tree.leaves(params))
 print(f"{count:,} trained parameters")

@@ -30,7 +30,7 @@ from experiments import sharding as sharding_lib
 from experiments.config import check, methods_of
 from experiments.data import NUM_CLASSES
 from experiments.metrics import write_json
-from experiments.runner import recipe_for
+from experiments.runs import recipe_for
 from snnk_jax.models.vit_params import read_config
 
 # Keeps libtpu from asking a metadata server and from warning that there is none.

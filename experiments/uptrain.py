@@ -23,6 +23,7 @@ from experiments import (
     learning,
     plots,
     runner,
+    runs,
     sentences,
     starts,
     summary,
@@ -152,7 +153,7 @@ class _Study:
         config, folder = self.config, self.workdir / f"{variant.name}-seed{seed}"
         start = self.start(variant, seed)
         recipe = dataclasses.replace(
-            runner.recipe_for(config, config.uptrain.learning_rate, seed, "val"),
+            runs.recipe_for(config, config.uptrain.learning_rate, seed, "val"),
             rates=self.rates(variant),
             eval_split=config.eval_split,
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import load_config, runner, workdirs
+from experiments import load_config, runs, workdirs
 from experiments.metrics import read_jsonl
 from experiments.runner import run
 
@@ -180,18 +180,18 @@ def test_of_two_processes_with_other_settings_one_gets_the_folder(tmp_path):
 
 def test_runs_trained_together_are_not_taken_for_those_of_another_recipe(tmp_path):
     config = load_config(QUICK)
-    shared = runner.Shared(config, None, "b", None, None, "houlsby", tmp_path)
-    one, two = (runner.Run(0.1, seed, "val", "run") for seed in (0, 7))
+    shared = runs.Shared(config, None, "b", None, None, "houlsby", tmp_path)
+    one, two = (runs.Run(0.1, seed, "val", "run") for seed in (0, 7))
     summary = {"recipe": shared.recipe(one).record(), "score": 0.5, "adapter_bytes": 9}
     file = tmp_path / "summary.json"
     file.write_text(json.dumps(summary))
-    _, result = runner._read_result(shared, one, file)
+    _, result = runs._read_result(shared, one, file)
     assert result["score"] == 0.5
     with pytest.raises(ValueError, match="a run of the same recipe.*seed"):
-        runner._read_result(shared, two, file)
+        runs._read_result(shared, two, file)
     file.write_text(json.dumps(summary | {"base": "a"}))
     with pytest.raises(ValueError, match="a run on the same base model"):
-        runner._read_result(shared, one, file)
+        runs._read_result(shared, one, file)
 
 
 @pytest.mark.slow
