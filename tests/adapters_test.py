@@ -605,6 +605,26 @@ def test_two_arrays_of_one_name_are_refused():
         adapters.fingerprint(Wrapper())
 
 
+def test_a_base_with_a_base_module_of_its_own(tmp_path):
+    class Halved(nnx.Module):
+        def __init__(self):
+            self.base_module = make_base()
+
+        def __call__(self, x):
+            return self.base_module(x) / 2
+
+    base = Halved()
+    paths = ("base_module/blocks/0/attention", "base_module/blocks/1/mlp/fc2")
+    builds = (snnk_build(ARC), bottleneck_build)
+    rules = [snnk.SwapRule(path=p, build=b) for p, b in zip(paths, builds, strict=True)]
+    model = scramble(snnk.swap_modules(base, rules, rngs=nnx.Rngs(1))[0])
+    save(tmp_path / "a", base, model)
+    for loads in (base, snnk.swap_modules(base, rules, rngs=nnx.Rngs(2))[0]):
+        loaded = adapters.load_adapter(tmp_path / "a", loads)
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(model))
+        assert type(loaded.base_module.blocks[1].mlp.fc2) is Adapted
+
+
 def test_adapters_of_a_scan_travel(tmp_path):
     """One draw for each layer: no single key stands for them."""
 

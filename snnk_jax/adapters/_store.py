@@ -11,6 +11,7 @@ Nothing in it is executed.
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -263,7 +264,7 @@ def _trained_arrays(
 ) -> dict[str, np.ndarray]:
     """What a file must hold besides projections; refuses what it would lose."""
     pattern = exclude if trained is None else trained
-    places = [m["at"] for m in modules if KINDS[m["kind"]].replaces]
+    places = [base_name(m["at"]) for m in modules if KINDS[m["kind"]].replaces]
     replaced = tuple(f"{place}/" for place in places)
     arrays, lost = {}, []
     named, alone = False, True
@@ -330,7 +331,7 @@ def _make_room(model: Any, arrays: dict[str, np.ndarray], exclude: str) -> Any:
             name = f"{path_name(parts)}/kernel"
             kernel = arrays.get(name, np.zeros(0))
             fits = kernel.ndim == 2 and len(kernel) == node.in_features
-            if fits and re.fullmatch(exclude, name):
+            if fits and re.fullmatch(exclude, base_name(name)):
                 node.out_features = kernel.shape[1]
                 node.param_dtype = kernel.dtype
                 bias = arrays.get(f"{path_name(parts)}/bias", kernel)
@@ -368,18 +369,27 @@ def describe_modules(model: nnx.Module) -> list[dict[str, Any]]:
     ``at`` is the place in the base model. An adapter of a kind that is not listed is
     left out: such a file loads into a model that has the adapter already.
     """
-    specs = {name: describe(module) for name, module in find_modules(model).items()}
-    return [
-        {"at": base_name(name)} | spec
-        for name, spec in specs.items()
-        if name and spec is not None
-    ]
+    found = {name: describe(module) for name, module in find_modules(model).items()}
+    specs = {name: spec for name, spec in found.items() if spec is not None}
+    return [{"at": _place(name, specs)} | spec for name, spec in specs.items() if name]
+
+
+def _place(name: str, specs: Mapping[str, Any]) -> str:
+    """A path without the ``base_module`` of adapters; a base may have such a part."""
+    parts = name.split("/")
+    wrapped = ("/".join(parts[:i]) in specs for i in range(len(parts)))
+    return "/".join(
+        part
+        for part, inside in zip(parts, wrapped, strict=True)
+        if not (inside and part == "base_module")
+    )
 
 
 def _check_settings(model: nnx.Module, specs: list[dict[str, Any]]) -> None:
     """Refuses a model whose adapters are others than those of a file."""
     found = json.loads(json.dumps(describe_modules(model)))
-    places = [[spec["at"] for spec in described] for described in (found, specs)]
+    # Files of before name no base_module of the base either.
+    places = [[base_name(spec["at"]) for spec in each] for each in (found, specs)]
     if places[0] != places[1]:
         raise ValueError(
             "base_model must have the adapters of the file, or none. Got some at "
@@ -387,7 +397,9 @@ def _check_settings(model: nnx.Module, specs: list[dict[str, Any]]) -> None:
         )
     for own, spec in zip(found, specs, strict=True):
         # Files of before a setting existed do not name it.
-        other = {k: (own.get(k), v) for k, v in spec.items() if own.get(k) != v}
+        other = {
+            k: (own.get(k), v) for k, v in spec.items() if k != "at" and own.get(k) != v
+        }
         if other:
             raise ValueError(
                 f"the adapter at {spec['at']} must have the settings of the file. Got "
