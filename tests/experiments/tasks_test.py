@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import load_config, summary, tasks
+from experiments import load_config, runs, summary, tasks
 from experiments.augment import normalise
 from snnk_jax.testing import call
 from tests.tiers import slow_but
@@ -167,10 +167,8 @@ def test_parameter_table_adds_up():
 
 def test_cost_counts_the_bytes_and_the_operations():
     config = load_config("configs/vit_adapter.py:quicktest")
-    from experiments.runner import recipe_for
-
     model = tasks.build_model(config, 10, nnx.Rngs(0))
-    recipe = recipe_for(config, 1e-3, 0, "test")
+    recipe = runs.recipe_for(config, 1e-3, 0, "test")
     batch = {
         "image": np.zeros((16, 32, 32, 3), np.uint8),
         "label": np.zeros(16, np.int32),
