@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
+
 from experiments.metrics import Progress, read_jsonl
 from experiments.report import document
 from experiments.workdirs import open_workdir
@@ -15,6 +17,12 @@ from snnk_jax._files import write_atomic
 
 Job = tuple[str, Callable[[], dict[str, Any]]]
 """A name of its own and what measures it."""
+
+_JOBS_OF_A_CACHE = 50
+"""Jobs after which compiled programs are let go.
+
+Each keeps parts of memory mapped, of which Linux gives a process 65,530: some 500 jobs.
+"""
 
 
 def run_study(
@@ -76,10 +84,14 @@ def run_jobs(
         # Without the line that a kill cut short, which would swallow the next one.
         write_atomic(file, "".join(json.dumps(row) + "\n" for row in done.values()))
         progress = Progress(title, 0, len(todo))
+        measured = 0
         with file.open("a") as stream:
             for step, (name, measure) in enumerate(todo):
                 if name not in done:
                     done[name] = {"name": name, **measure()}
+                    measured += 1
+                    if measured % _JOBS_OF_A_CACHE == 0:
+                        jax.clear_caches()
                     stream.write(json.dumps(done[name]) + "\n")
                     stream.flush()
                 rows.append(done[name])

@@ -1,7 +1,9 @@
 """Jobs are done once, whatever stops the run between them."""
 
+import jax
 import pytest
 
+from experiments import jobs as jobs_lib
 from experiments.jobs import run_jobs
 
 
@@ -24,6 +26,17 @@ def test_a_job_is_done_once_and_a_cut_line_again(tmp_path):
     assert calls == ["a", "b", "c", "c", "d"]
     assert [row["value"] for row in again] == [1, 2, 4, 5]
     assert run_jobs(tmp_path, jobs, "test") == again[:3]
+
+
+def test_programs_of_earlier_jobs_are_let_go(tmp_path, monkeypatch):
+    """Linux maps a limited number of areas for a process."""
+    calls, cleared = [], []
+    monkeypatch.setattr(jobs_lib, "_JOBS_OF_A_CACHE", 2)
+    monkeypatch.setattr(jax, "clear_caches", lambda: cleared.append(len(calls)))
+    run_jobs(tmp_path, [counted(calls, name) for name in "abcde"], "test")
+    assert cleared == [2, 4]
+    run_jobs(tmp_path, [counted(calls, name) for name in "abcdef"], "test")
+    assert cleared == [2, 4]  # what is read from the file compiles nothing
 
 
 def test_a_failed_job_keeps_those_before_it(tmp_path):
