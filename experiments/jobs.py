@@ -89,11 +89,11 @@ def run_jobs(
             for step, (name, measure) in enumerate(todo):
                 if name not in done:
                     done[name] = {"name": name, **measure()}
+                    stream.write(json.dumps(done[name]) + "\n")
+                    stream.flush()
                     measured += 1
                     if measured % _JOBS_OF_A_CACHE == 0:
                         jax.clear_caches()
-                    stream.write(json.dumps(done[name]) + "\n")
-                    stream.flush()
                 rows.append(done[name])
                 progress.update(step + 1)
         progress.close()

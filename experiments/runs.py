@@ -122,7 +122,7 @@ def _run_one(shared: Shared, run: Run) -> Trained:
     earlier = pathlib.Path(config.resume) / run.name
     model = _adapt(shared, run.seed)
     if jax.process_index() == 0 and not (workdir / "result.json").is_file():
-        _announce(workdir.name, task, model, recipe, shared.dataset)
+        _announce(workdir.name, shared, model, recipe)
     try:
         trained, result = train.fit(
             model,
@@ -147,12 +147,11 @@ def _run_one(shared: Shared, run: Run) -> Trained:
 
 def _run_together(shared: Shared, runs: Sequence[Run]) -> list[Trained]:
     """Trains the runs in one program."""
-    task, dataset = shared.task, shared.dataset
     recipes = [shared.recipe(run) for run in runs]
     models = [_adapt(shared, run.seed) for run in runs]
-    _announce(f"{len(runs)} runs", task, models[0], recipes[0], dataset)
+    _announce(f"{len(runs)} runs", shared, models[0], recipes[0])
     outcomes = cohort.fit(
-        *(models, task.trainable, dataset, recipes),
+        *(models, shared.task.trainable, shared.dataset, recipes),
         mesh=shared.mesh,
         name=runs[0].name,
         base_fingerprint=shared.mark,
@@ -215,16 +214,11 @@ def _adapt(shared: Shared, seed: int) -> Any:
     )
 
 
-def _announce(
-    name: str,
-    task: Any,
-    model: Any,
-    recipe: learning.Recipe,
-    dataset: Dataset,
-) -> None:
+def _announce(name: str, shared: Shared, model: Any, recipe: learning.Recipe) -> None:
+    task = shared.task
     print(f"\n{name}: {task.title}")
     print(summary.parameter_table(model, task.trainable))
-    batch = TrainLoader(dataset.train, recipe.batch_size, 0).batch(0)
+    batch = TrainLoader(shared.dataset.train, recipe.batch_size, 0).batch(0)
     cost = summary.cost(model, task.trainable, recipe, batch)
     # Backends other than CPUs may not count.
     counted = math.isfinite(cost["flops"])
@@ -251,15 +245,13 @@ def _finish(
     file = workdir / "adapter.safetensors"
     if jax.process_index() == 0:
         if not file.is_file():
-            exclude = task.trained
+            mark = snnk.adapters.fingerprint(shared.base, exclude=task.trained)
             snnk.adapters.save_adapter(
                 file,
                 model,
-                base_fingerprint=snnk.adapters.fingerprint(
-                    shared.base, exclude=exclude
-                ),
+                base_fingerprint=mark,
                 trained=task.trained,
-                exclude=exclude,
+                exclude=task.trained,
             )
         result["adapter_bytes"] = file.stat().st_size
         print(
